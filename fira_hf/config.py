@@ -1,0 +1,201 @@
+"""`FiraConfig`: which weights to project and how. Every setting is checked here, once, and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CONFIG_NAME = "fira_config.json"
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_names(value: Any) -> bool:
+    """A regex, or a non-empty list of module names."""
+    if isinstance(value, str):
+        return bool(value) and _is_regex(value)
+    return isinstance(value, list) and bool(value) and all(isinstance(name, str) and name for name in value)
+
+
+def _is_regex(value: str) -> bool:
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
+
+
+def _is_pattern(value: Any, is_valid: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return all(isinstance(key, str) and _is_regex(key) and is_valid(number) for key, number in value.items())
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_int(value) and value >= 1
+
+
+def _is_alpha(value: Any) -> bool:
+    return _is_real(value) and value > 0
+
+
+def _is_betas(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_real(b) and 0 <= b < 1 for b in value)
+
+
+def _is_one_of(*choices: str) -> tuple[Any, str]:
+    return (lambda value: value in choices), "one of " + ", ".join(map(repr, choices))
+
+
+RULES: dict[str, tuple[Any, str]] = {
+    "rank": (_is_rank, "an integer of at least 1"),
+    "alpha": (_is_alpha, "a number above 0"),
+    "update_proj_gap": (_is_rank, "an integer of at least 1"),
+    "gamma": (lambda v: v is None or (_is_real(v) and v >= 1), "a number of at least 1, or None for no limiter"),
+    "projection": _is_one_of("svd"),
+    "scaling": _is_one_of("column", "matrix", "none"),
+    "residual": _is_one_of("reference", "paper"),
+    "target_modules": (_is_names, "'all-linear', a regular expression, or a non-empty list of module names"),
+    "exclude_modules": (lambda v: v is None or _is_names(v), "a regular expression, or a non-empty list of names"),
+    "layers_to_transform": (
+        lambda v: v is None or _is_int(v) or (isinstance(v, list) and bool(v) and all(map(_is_int, v))),
+        "a layer index, or a non-empty list of them",
+    ),
+    "layers_pattern": (lambda v: v is None or _is_names(v), "a name, or a non-empty list of names"),
+    "rank_pattern": (lambda v: _is_pattern(v, _is_rank), "a dict from module name or regex to a rank"),
+    "alpha_pattern": (lambda v: _is_pattern(v, _is_alpha), "a dict from module name or regex to an alpha above 0"),
+    "lr": (lambda v: _is_real(v) and v >= 0, "a number of at least 0"),
+    "betas": (_is_betas, "two numbers in [0, 1)"),
+    "eps": (lambda v: _is_real(v) and v >= 0, "a number of at least 0"),
+    "weight_decay": (lambda v: _is_real(v) and v >= 0, "a number of at least 0"),
+    "dense_lr": (lambda v: v is None or (_is_real(v) and v >= 0), "a number of at least 0, or None for the same lr"),
+}
+
+
+def check_setting(name: str, value: Any) -> None:
+    """Raises ValueError, naming the setting, its value and the rule, if `value` is not valid for `name`."""
+    is_valid, rule = RULES[name]
+    if not is_valid(value):
+        raise ValueError(f"{name}={value!r} is not valid: {name} must be {rule}.")
+
+
+def unknown_name(kind: str, name: str, valid: list[str]) -> str:
+    """The error text for a name that does not exist: the nearest valid one first, then all of them."""
+    nearest = difflib.get_close_matches(name, valid, n=1)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return f"Unknown {kind} {name!r}.{hint} Valid: {', '.join(valid)}."
+
+
+@dataclass
+class FiraConfig:
+    """Settings of Fira (arXiv 2410.01623), named as in the published code. Matching follows PEFT's `LoraConfig`.
+
+    Args:
+        rank: rank of the projection; a matrix with a shorter side than this is projected at its short side.
+        alpha: scale of the low-rank update. What it does to the residual is set by `residual`.
+        update_proj_gap: optimizer steps between two refreshes of a basis.
+        gamma: threshold of the norm-growth limiter (largest growth of the residual's norm from one step to the
+            next); None switches the limiter off.
+        target_modules: "all-linear" (every linear layer but the output head), a list of names (exact, or a dotted
+            suffix), or a regular expression that must match a module's full name.
+        exclude_modules: names or a regular expression, by the same rules, of modules that are not projected.
+        layers_to_transform: only layers of these indices; for "all-linear" or a list of names.
+        layers_pattern: name of the list of layers that the indices count in, such as "layers" or "h".
+        rank_pattern: module name or regular expression -> rank, where it differs from `rank`.
+        alpha_pattern: the same for `alpha`.
+        projection: how a basis is found. "svd": the leading right singular vectors of the gradient, as published.
+        scaling: the scale of the residual: one per row of the long side ("column", the paper's default), one per
+            matrix ("matrix"), or 1 ("none").
+        residual: "reference": alpha as in the published code, W -= eta (alpha N Q^T + phi (G - alpha R Q^T));
+            "paper": as in the paper, W -= eta alpha (N Q^T + phi (G - R Q^T)). The same at alpha = 1.
+        lr, betas, eps, weight_decay: those of AdamW; decay is decoupled. eps defaults to the published 1e-6.
+        dense_lr: learning rate of the trainable weights that are not projected; None: `lr`.
+
+    Raises:
+        ValueError: naming the setting, its value and the rule.
+    """
+
+    rank: int = 128
+    alpha: float = 1.0
+    update_proj_gap: int = 200
+    gamma: float | None = 1.01
+    target_modules: str | list[str] = "all-linear"
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    projection: str = "svd"
+    scaling: str = "column"
+    residual: str = "reference"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+    dense_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, (tuple, set, frozenset)):
+                setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
+        for name in RULES:
+            check_setting(name, getattr(self, name))
+        self.betas = (self.betas[0], self.betas[1])
+        is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        if is_regex and self.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform!r} cannot be combined with the regular expression "
+                f"target_modules={self.target_modules!r}: put the layer indices into the expression."
+            )
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform: set both or none."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as JSON types."""
+        return {**dataclasses.asdict(self), "betas": list(self.betas)}
+
+    def save_pretrained(self, save_directory: str | Path) -> Path:
+        """Writes `fira_config.json` (sorted keys, one setting a line) into the directory and returns its path."""
+        path = Path(save_directory) / CONFIG_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **overrides: Any) -> FiraConfig:
+        """Reads a `fira_config.json`, given as the file or its directory; `overrides` replace what it says.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a JSON object, or a setting is unknown or not valid.
+        """
+        file = Path(path).expanduser()
+        file = file / CONFIG_NAME if file.is_dir() else file
+        if not file.is_file():
+            raise FileNotFoundError(f"No Fira configuration at {str(file)!r}: give a {CONFIG_NAME} or its directory.")
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{str(file)!r} is not JSON: {error}.") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"{str(file)!r} must hold a JSON object of settings, not {type(settings).__name__}.")
+        valid = sorted(cls.__dataclass_fields__)
+        for name in settings:
+            if name not in valid:
+                raise ValueError(f"{str(file)!r}: {unknown_name('setting', name, valid)}")
+        return cls(**{**settings, **overrides})

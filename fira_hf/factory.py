@@ -1,0 +1,101 @@
+"""Model + `FiraConfig` -> `FiraAdamW`, with its parameter groups: projected or not x decay or not."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from typing import Any
+
+from torch import nn
+
+from .config import FiraConfig
+from .memory import adamw_state_bytes, fira_state_bytes
+from .optimizer import PROJECTED_DEFAULTS, FiraAdamW
+from .targets import TargetPlan, find_targets
+
+# Weights that do not decay: the Trainer's own rule (transformers, `Trainer.get_decay_parameter_names`).
+NO_DECAY_NAMES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
+
+
+def get_fira_optimizer(model: nn.Module, config: FiraConfig | None = None) -> FiraAdamW:
+    """The optimizer for all trainable weights of the model.
+
+    Weight decay spares what the Trainer spares: biases and normalisation layers. The optimizer's `summary` says what
+    is projected, what is not and why.
+
+    Raises:
+        ValueError: the config does not fit the model; see `find_targets`.
+    """
+    config = config or FiraConfig()
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    spared = {
+        p
+        for module_name, module in model.named_modules()
+        for name, p in module.named_parameters(recurse=False)
+        if isinstance(module, nn.LayerNorm) or NO_DECAY_NAMES.search(f"{module_name}.{name}")
+    }
+    for p in model.parameters():
+        if p.requires_grad:
+            (no_decay if p in spared else decay).append(p)
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    return build_optimizer(model, config, groups)
+
+
+def build_optimizer(model: nn.Module, config: FiraConfig, groups: list[dict[str, Any]]) -> FiraAdamW:
+    """The optimizer for given groups of trainable weights, each of which is split into projected and not.
+
+    Groups keep their own settings, such as weight decay. Projected groups come first, since schedulers and the Trainer
+    report the learning rate of the first group.
+    """
+    plan = find_targets(model, config)
+    targets = {target.parameter: target for target in plan.projected}
+    names = {p: name for name, p in model.named_parameters()}
+    shared = {name: getattr(config, name) for name in PROJECTED_DEFAULTS if name != "alpha"}
+    projected, dense = [], []
+    for group in groups:
+        split = defaultdict(list)
+        for p in group["params"]:
+            target = targets.get(p)
+            split[(target.rank, target.alpha) if target else None].append((names[p], p))
+        for key, params in split.items():
+            if key is None:
+                own_lr = {} if config.dense_lr is None else {"lr": config.dense_lr}
+                dense.append({**group, "params": params, **own_lr})
+            else:
+                projected.append({**group, "params": params, "rank": key[0], "alpha": key[1], **shared})
+    optimizer = FiraAdamW(projected + dense, lr=config.lr, betas=config.betas, eps=config.eps)
+    optimizer.config = config
+    optimizer.summary = summarize(model, plan)
+    return optimizer
+
+
+def summarize(model: nn.Module, plan: TargetPlan) -> str:
+    """What is projected at which rank, what is not and why, and the bytes of optimizer state beside AdamW's."""
+    projected = [target.parameter for target in plan.projected]
+    skipped = [other.parameter for other in plan.skipped]
+    size = sum(p.numel() for p in projected)
+    trainable = size + sum(p.numel() for p in skipped)
+    ranks = Counter(target.rank for target in plan.projected)
+    by_rank = ", ".join(f"{count} at rank {rank}" for rank, count in sorted(ranks.items(), reverse=True))
+    lines = [
+        f"Fira projects {len(projected)} matrices ({by_rank}) with {size:,} of {trainable:,} trainable parameters "
+        f"({size / trainable:.1%})."
+    ]
+    full = sum(target.rank == min(target.parameter.shape) for target in plan.projected)
+    if full:
+        lines.append(f"{full} of them at their full short side: there is no residual, and more state than AdamW's.")
+    if skipped:
+        count: Counter[str] = Counter()
+        numel: Counter[str] = Counter()
+        for other in plan.skipped:
+            count[other.reason] += 1
+            numel[other.reason] += other.parameter.numel()
+        reasons = "; ".join(f"{reason}: {numel[reason]:,} in {count[reason]}" for reason in count)
+        lines.append(f"Not projected, trained by AdamW ({reasons}).")
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    if frozen:
+        lines.append(f"Frozen: {frozen:,} parameters.")
+    state, adamw = fira_state_bytes(plan), sum(map(adamw_state_bytes, projected + skipped))
+    lines.append(f"Optimizer state: {state:,} bytes; AdamW's would be {adamw:,} ({state / adamw:.1%}).")
+    return "\n".join(lines)

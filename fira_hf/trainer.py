@@ -1,0 +1,184 @@
+"""`optim="fira"` in `transformers.TrainingArguments`: teaches the Trainer one more optimizer name."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+from accelerate.utils import parse_flag_from_env
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import check_target_module_exists
+from transformers.training_args import OptimizerNames
+
+from .config import FiraConfig, unknown_name
+from .factory import build_optimizer
+from .optimizer import FiraAdamW
+from .targets import ALL_LINEAR, find_targets, linear_layers, unmatched
+
+NAME = "fira"
+OPTIM_ARGS = {
+    "rank": int,
+    "alpha": float,
+    "update_proj_gap": int,
+    "gamma": float,
+    "projection": str,
+    "scaling": str,
+    "residual": str,
+    "dense_lr": float,
+    "config": str,
+}
+# Settings that TrainingArguments carries already: FiraConfig's name -> theirs.
+TRAINER_ARGS = {
+    "lr": "learning_rate",
+    "betas": "adam_beta1 and adam_beta2",
+    "eps": "adam_epsilon",
+    "weight_decay": "weight_decay",
+}
+
+
+def optimizer_name(value: str) -> OptimizerNames:
+    """`OptimizerNames(value)` in a process that may not have imported fira_hf yet: what pickled arguments call."""
+    return OptimizerNames(value)
+
+
+def register() -> None:
+    """Makes `optim="fira"` known to transformers. Importing fira_hf calls it; calling it again changes nothing."""
+    if NAME in OptimizerNames._value2member_map_:
+        return
+    member = str.__new__(OptimizerNames, NAME)
+    member._name_, member._value_ = NAME.upper(), NAME
+    # An Enum pickles as its class and value, which a process that has not imported fira_hf could not read. This one
+    # brings the import along, so that a saved training_args.bin opens by itself.
+    member.__reduce_ex__ = lambda protocol: (optimizer_name, (NAME,))  # type: ignore
+    OptimizerNames._member_names_.append(member._name_)
+    OptimizerNames._member_map_[member._name_] = member
+    OptimizerNames._value2member_map_[NAME] = member
+    type.__setattr__(OptimizerNames, member._name_, member)
+
+    original = Trainer.get_optimizer_cls_and_kwargs
+
+    @functools.wraps(original)
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[type, dict[str, Any]]:
+        if args.optim != NAME:
+            return original(args, model)
+        if model is None:
+            raise ValueError(f"optim={NAME!r} needs the model to choose the weights that it projects: pass model=...")
+        _refuse_engines(args)
+        return TrainerFira, {"module": model, "config": config_from_args(args, model)}
+
+    Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)  # type: ignore
+
+
+class TrainerFira(FiraAdamW):
+    """What the Trainer calls with its own groups (decay, no decay) to get a `FiraAdamW`.
+
+    The Trainer takes a class and arguments, and wants a subclass of `Optimizer`; the object is built in one place for
+    all users, so this class makes none of its own.
+    """
+
+    def __new__(cls, params: list[dict[str, Any]], module: nn.Module, config: FiraConfig) -> FiraAdamW:  # type: ignore[misc]
+        return build_optimizer(module, config, params)
+
+
+def _refuse_engines(args: TrainingArguments) -> None:
+    engines = {
+        "DeepSpeed": args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"),
+        "FSDP": args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"),
+    }
+    for engine, in_use in engines.items():
+        if in_use:
+            raise ValueError(
+                f"optim={NAME!r} does not run under {engine}, which shards or flattens the weights that it projects: "
+                "use one device or DDP (torchrun, or accelerate launch, without it)."
+            )
+
+
+def config_from_args(args: TrainingArguments, model: nn.Module) -> FiraConfig:
+    """The `FiraConfig` that the training arguments describe.
+
+    Raises:
+        ValueError: a key or value of `optim_args` is unknown or malformed, a target matches no trainable linear layer,
+            or a configuration file contradicts the training arguments.
+    """
+    settings = parse_optim_args(args.optim_args)
+    path = settings.pop("config", None)
+    file = FiraConfig() if path is None else FiraConfig.from_pretrained(path)
+    own: dict[str, Any] = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+    }
+    defaults = FiraConfig()
+    for name, value in own.items():
+        said = getattr(file, name)
+        if said not in (getattr(defaults, name), value):
+            raise ValueError(
+                f"{path!r} says {name}={said!r}, but TrainingArguments says {TRAINER_ARGS[name]}={value!r}: make them "
+                f"equal, or take {name} out of the file."
+            )
+    config = replace(file, **own, **settings)
+    targets = args.optim_target_modules
+    if targets is None or (isinstance(targets, str) and targets.replace("_", "-") == ALL_LINEAR):
+        return config if targets is None else replace(config, target_modules=ALL_LINEAR)
+    if file.layers_to_transform is not None:
+        raise ValueError(
+            f"{path!r} sets layers_to_transform={file.layers_to_transform!r}, which counts layers of its own "
+            "target_modules: take it out of the file, or leave optim_target_modules unset."
+        )
+    # The names that the Trainer's rule chooses, spelt out, mean the same by the config's own rule.
+    chosen = replace(config, target_modules=_trainer_targets(model, targets))
+    if file.target_modules != ALL_LINEAR:
+        names, said = ({target.name for target in find_targets(model, c).projected} for c in (chosen, config))
+        if names != said:
+            raise ValueError(
+                f"optim_target_modules={targets!r} and target_modules={file.target_modules!r} of {path!r} choose "
+                "different weights: set one of them."
+            )
+    return chosen
+
+
+def parse_optim_args(text: str | None) -> dict[str, Any]:
+    """`"rank=128, alpha=0.25"` -> typed settings.
+
+    Raises:
+        ValueError: an entry is not `key=value`, a key is unknown or given twice, or a value is not of its type.
+    """
+    settings: dict[str, Any] = {}
+    for entry in text.split(",") if text and text.strip() else []:
+        name, equals, value = (part.strip() for part in entry.partition("="))
+        if not (name and equals and value):
+            raise ValueError(f"optim_args={text!r}: {entry.strip()!r} is not of the form key=value.")
+        if name in TRAINER_ARGS:
+            raise ValueError(f"optim_args: set {name} by TrainingArguments' {TRAINER_ARGS[name]}, not here.")
+        if name not in OPTIM_ARGS and name in FiraConfig.__dataclass_fields__:
+            raise ValueError(f"optim_args: {name} does not fit into one word: save a FiraConfig and say config=PATH.")
+        if name not in OPTIM_ARGS:
+            raise ValueError(f"optim_args={text!r}: {unknown_name('key', name, list(OPTIM_ARGS))}")
+        if name in settings:
+            raise ValueError(f"optim_args={text!r}: {name} is given twice.")
+        try:
+            is_none = value.lower() == "none" and name in ("gamma", "dense_lr")
+            settings[name] = None if is_none else OPTIM_ARGS[name](value)
+        except ValueError:
+            kind = "an integer" if OPTIM_ARGS[name] is int else "a number"
+            raise ValueError(f"optim_args={text!r}: {name}={value!r} is not {kind}.") from None
+    return settings
+
+
+def _trainer_targets(model: nn.Module, targets: Any) -> list[str]:
+    """The linear layers that the Trainer's rule chooses: by a regex for the name, or a list of regexes and parts."""
+    if not isinstance(targets, (str, list)) or not targets:
+        raise ValueError(
+            f"optim_target_modules={targets!r} must be 'all-linear', a regular expression or a list of names."
+        )
+    layers = linear_layers(model)
+    for entry in [targets] if isinstance(targets, str) else targets:
+        probe = entry if isinstance(targets, str) else [entry]
+        found = [layer for layer in layers if check_target_module_exists(probe, layer.name)]
+        if not any(layer.weight.requires_grad for layer in found):
+            why = "matches only frozen weights" if found else "matches no linear layer"
+            raise unmatched("optim_target_modules", entry, why, layers)
+    return [layer.name for layer in layers if check_target_module_exists(targets, layer.name)]
