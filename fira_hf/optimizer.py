@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +30,7 @@ PROJECTED_DEFAULTS: dict[str, Any] = {
     "residual": "reference",
 }
 ADAM_SETTINGS = ("lr", "betas", "eps", "weight_decay")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATISTICS = ("limiter_active", "captured_energy", "residual_share")
 
 
@@ -64,7 +64,8 @@ class FiraAdamW(torch.optim.Optimizer):
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. A projected weight decays after its update.
 
     Raises:
-        ValueError: a setting is unknown or not valid, or a parameter of a projected group is not a real matrix.
+        ValueError: a setting is unknown or not valid, a parameter is not of fp32, bf16 or fp16, or one of a projected
+            group is not a matrix.
     """
 
     def __init__(
@@ -105,12 +106,18 @@ class FiraAdamW(torch.optim.Optimizer):
                 raise ValueError(f"Parameter group: {name}={group[name]!r} has no effect in a group without 'rank'.")
         for name in valid if "rank" in group else ADAM_SETTINGS:
             check_setting(name, group.setdefault(name, PROJECTED_DEFAULTS.get(name)))
+        group["betas"] = tuple(group["betas"])
         for index, parameter in enumerate(group["params"]):
-            if "rank" in group and (parameter.ndim != 2 or parameter.is_complex()):
-                name = group["param_names"][index] if "param_names" in group else f"parameter {index}"
+            name = group["param_names"][index] if "param_names" in group else f"parameter {index}"
+            if parameter.dtype not in DTYPES:
                 raise ValueError(
-                    f"Parameter group: {name} of shape {tuple(parameter.shape)} and dtype {parameter.dtype} cannot be "
-                    "projected, only real matrices can: put it into a group without 'rank'."
+                    f"Parameter group: {name} is of dtype {parameter.dtype}, but FiraAdamW trains only "
+                    f"{', '.join(map(str, DTYPES))}: convert the model."
+                )
+            if "rank" in group and parameter.ndim != 2:
+                raise ValueError(
+                    f"Parameter group: {name} of shape {tuple(parameter.shape)} cannot be projected, only matrices "
+                    "can: put it into a group without 'rank'."
                 )
 
     @torch.no_grad()
@@ -194,22 +201,20 @@ class FiraAdamW(torch.optim.Optimizer):
 
     def _step_dense(self, parameters: list[Any], group: dict[str, Any]) -> None:
         """torch's fused AdamW, which leaves everything as it is on the device where `found_inf` is 1."""
-        norms = torch._foreach_norm([p.grad for p in parameters])
+        norms = torch._foreach_norm([p.grad for p in parameters], 2.0, torch.float32)
         device = parameters[0].device
-        finite = torch.isfinite(torch.stack([norm.to(device, torch.float32) for norm in norms])).all()
-        update = partial(
-            adamw,
-            max_exp_avg_sqs=[],
-            fused=True,
-            found_inf=(~finite).float(),
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        finite = torch.isfinite(torch.stack([norm.to(device) for norm in norms])).all()
+        settings: dict[str, Any] = {
+            "fused": True,
+            "found_inf": (~finite).float(),
+            "amsgrad": False,
+            "beta1": group["betas"][0],
+            "beta2": group["betas"][1],
+            "lr": group["lr"],
+            "weight_decay": group["weight_decay"],
+            "eps": group["eps"],
+            "maximize": False,
+        }
         states = []
         for p in parameters:
             if p not in self.state:
@@ -217,25 +222,28 @@ class FiraAdamW(torch.optim.Optimizer):
                 self.state[p] = {"step": torch.zeros((), device=p.device), **moments}
             states.append(self.state[p])
 
-        fp32 = [(p, state) for p, state in zip(parameters, states, strict=True) if p.dtype == torch.float32]
-        if fp32:
-            update(
-                params=[p for p, _ in fp32],
-                grads=[p.grad for p, _ in fp32],
-                exp_avgs=[state["exp_avg"] for _, state in fp32],
-                exp_avg_sqs=[state["exp_avg_sq"] for _, state in fp32],
-                state_steps=[state["step"] for _, state in fp32],
-            )
+        # The kernel wants one dtype and one memory layout. A weight that differs from its gradient or moments in
+        # either is updated in blocks of its rows, in fp32, and rounded once.
+        plain: list[tuple[Tensor, ...]] = []
+        others: list[tuple[Tensor, ...]] = []
         for p, state in zip(parameters, states, strict=True):
-            if p.dtype == torch.float32:
-                continue
-            # The kernel wants one dtype: blocks of the weight are updated in fp32 and rounded once.
             tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+            alike = all(x.dtype == torch.float32 and x.stride() == p.stride() for x in tensors)
+            (plain if alike else others).append((*tensors, state["step"]))
+        if plain:
+            weights, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*plain, strict=True))
+            adamw(weights, grads, exp_avgs, exp_avg_sqs, [], steps, **settings)
+        for *tensors, step in others:
             for w, g, m, v in zip(*(F.row_blocks(torch.atleast_1d(x)) for x in tensors), strict=True):
-                new, step = w.float(), state["step"].clone()
-                update(params=[new], grads=[g.float()], exp_avgs=[m], exp_avg_sqs=[v], state_steps=[step])
-                w.copy_(new)
-            state["step"].copy_(step)
+                new_w, new_g, new_m, new_v = (
+                    x.to(torch.float32, memory_format=torch.contiguous_format, copy=True) for x in (w, g, m, v)
+                )
+                count = step.clone()
+                adamw([new_w], [new_g], [new_m], [new_v], [], [count], **settings)
+                w.copy_(new_w)
+                m.copy_(new_m)
+                v.copy_(new_v)
+            step.copy_(count)
 
     def _add_statistics(
         self, G_norms: Tensor, R_norms: Tensor, low_norms: Tensor, residual: Tensor, c: Tensor, active: Tensor | None
@@ -274,9 +282,7 @@ class FiraAdamW(torch.optim.Optimizer):
         """
         self._check_checkpoint(state_dict)
         super().load_state_dict(state_dict)
-        saved = (index for group in state_dict["param_groups"] for index in group["params"])
-        own = (p for group in self.param_groups for p in group["params"])
-        for index, p in zip(saved, own, strict=True):
+        for index, p in self._pairs(state_dict):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][name] = value.to(p.device, copy=True)
@@ -302,11 +308,25 @@ class FiraAdamW(torch.optim.Optimizer):
                         f"The checkpoint was made with {setting}={was!r} for {name}, this optimizer has "
                         f"{setting}={value!r}: resume with {setting}={was!r}, or start a new run from the weights."
                     )
-        if len(saved_groups) == len(self.param_groups):
-            for old, new in zip(saved_groups, self.param_groups, strict=True):
-                for setting in ("betas", "eps", "weight_decay"):
-                    if tuple(_as_list(old[setting])) != tuple(_as_list(new[setting])):
-                        logger.warning("%s=%s of the checkpoint replaces %s.", setting, old[setting], new[setting])
+        for index, p in self._pairs(state_dict):
+            state = state_dict["state"].get(index, {})
+            expected = (max(p.shape), min(p.shape)) if "basis" in state else p.shape
+            shape = (len(state["exp_avg"]), len(state["basis"])) if "basis" in state else state.get("exp_avg", p).shape
+            if tuple(shape) != tuple(expected):
+                raise ValueError(
+                    f"The checkpoint holds the state of a weight of another shape than this model's {tuple(p.shape)}: "
+                    "resume with the model that it was made with."
+                )
+        for old, new in zip(saved_groups, self.param_groups, strict=False):
+            for setting in ("betas", "eps", "weight_decay"):
+                if old[setting] != new[setting]:
+                    logger.warning("%s=%s of the checkpoint replaces %s.", setting, old[setting], new[setting])
+
+    def _pairs(self, state_dict: dict[str, Any]) -> list[tuple[int, Tensor]]:
+        """Index in the state dict and parameter here, for each; torch refuses another number of them by itself."""
+        saved = (index for group in state_dict["param_groups"] for index in group["params"])
+        own = (p for group in self.param_groups for p in group["params"])
+        return list(zip(saved, own, strict=False))
 
 
 def _projected(groups: list[dict[str, Any]], named: bool) -> dict[str, dict[str, Any]]:
@@ -319,7 +339,3 @@ def _projected(groups: list[dict[str, Any]], named: bool) -> dict[str, dict[str,
         if "rank" in group
         for i in range(len(group["params"]))
     }
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]

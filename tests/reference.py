@@ -1,0 +1,115 @@
+"""One Fira step as the equations say it: slow, with full-size temporaries, one line per equation.
+
+Letters: W weight, G gradient, Q basis (short x r), R = G Q, M and V the moments of R, N the Adam direction in the
+subspace, S the scaled residual. Rows are the long side: a matrix with rows < columns is transposed, in and out.
+"""
+
+import math
+
+import torch
+
+# What is left of a gradient that lies in the subspace is rounding, a few fp32 ulps (1.2e-7) of the gradient; with room
+# for long sums. It is not history for the limiter.
+NEGLIGIBLE = 1e-5
+
+
+def fira_step(
+    weight,
+    grad,
+    state,
+    *,
+    rank,
+    alpha=1.0,
+    update_proj_gap=200,
+    gamma=1.01,
+    scaling="column",
+    residual="reference",
+    lr=1e-3,
+    betas=(0.9, 0.999),
+    eps=1e-6,
+    weight_decay=0.0,
+    basis=None,
+):
+    """Return the new weight, the new state (the names of FiraAdamW's) and what pop_statistics would average.
+
+    Everything is computed in the dtype of `weight`. `state` is {} before the first step. `basis` replaces the singular
+    vectors at a refresh: their signs are arbitrary, so a comparison of buffers must agree on them first.
+    """
+    dtype = weight.dtype
+    wide = weight.shape[0] < weight.shape[1]
+    W = weight.T if wide else weight
+    G = (grad.T if wide else grad).to(dtype)
+
+    step = int(state.get("step", 0))
+    Q = state.get("basis")
+    if step % update_proj_gap == 0:
+        Q = torch.linalg.svd(G, full_matrices=False).Vh[:rank].T if basis is None else basis.to(dtype)
+
+    R = G @ Q
+    M = betas[0] * state.get("exp_avg", torch.zeros_like(R)) + (1 - betas[0]) * R
+    V = betas[1] * state.get("exp_avg_sq", torch.zeros_like(R)) + (1 - betas[1]) * R**2
+    N = M / (V.sqrt() + eps)
+
+    if scaling == "column":
+        phi = N.norm(dim=1, keepdim=True) / (R.norm(dim=1, keepdim=True) + 1e-8)
+    elif scaling == "matrix":
+        phi = N.norm() / (R.norm() + 1e-8)
+    else:
+        phi = torch.ones((), dtype=dtype)
+
+    kept = alpha if residual == "reference" else 1.0
+    S = phi * (G - kept * R @ Q.T)
+
+    previous = state.get("residual_norm", torch.tensor(math.inf, dtype=dtype))
+    negligible = S.norm() <= NEGLIGIBLE * (phi * G).norm()
+    limited = gamma is not None and not negligible and S.norm() > gamma * (previous + 1e-8)
+    if limited:
+        S = S * (gamma * (previous + 1e-8) / S.norm())
+    residual_norm = torch.tensor(math.inf, dtype=dtype) if negligible else S.norm()
+
+    applied = S if residual == "reference" else alpha * S
+    eta = lr * math.sqrt(1 - betas[1] ** (step + 1)) / (1 - betas[0] ** (step + 1))
+    W = W - eta * (alpha * N @ Q.T + applied)
+    W = W - lr * weight_decay * W
+
+    new_state = {
+        "step": torch.tensor(float(step + 1)),
+        "basis": Q,
+        "exp_avg": M,
+        "exp_avg_sq": V,
+        "residual_norm": residual_norm,
+    }
+    direction, residue = (alpha * N).norm() ** 2, applied.norm() ** 2
+    statistics = {
+        "limiter_active": float(limited),
+        "captured_energy": float(R.norm() ** 2 / G.norm() ** 2),
+        "residual_share": float(residue / (direction + residue)),
+    }
+    return (W.T if wide else W), new_state, statistics
+
+
+def gradients(shape, steps, seed=0, decay=0.85, noise=0.05):
+    """Gradients as a network gives them: a decaying spectrum that turns slowly, plus noise of changing strength.
+
+    The changing strength makes the limiter act at some steps and not at others.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = shape
+    short = min(shape)
+    left = torch.randn(2, rows, short, generator=generator) / math.sqrt(rows)
+    right = torch.randn(2, columns, short, generator=generator) / math.sqrt(columns)
+    spectrum = decay ** torch.arange(short)
+    result = []
+    for t in range(steps):
+        turn = torch.tensor(0.02 * t)
+        u = turn.cos() * left[0] + turn.sin() * left[1]
+        v = turn.cos() * right[0] + turn.sin() * right[1]
+        strength = noise * math.exp(0.7 * torch.randn((), generator=generator)) / math.sqrt(short)
+        result.append((u * spectrum) @ v.T + strength * torch.randn(shape, generator=generator))
+    return result
+
+
+def weight(shape, seed=0, dtype=torch.float32):
+    """A parameter with the spread of an initialised linear layer."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return torch.nn.Parameter((0.05 * torch.randn(shape, generator=generator)).to(dtype))

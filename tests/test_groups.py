@@ -1,0 +1,168 @@
+"""Parameter groups: what is refused and by which words; schedules and loss scaling, which act on groups."""
+
+import math
+
+import pytest
+import torch
+
+from fira_hf import FiraAdamW
+from reference import gradients, weight
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("rank", v) for v in (0, -1, 1.5, "8", True, None)]
+    + [("update_proj_gap", v) for v in (0, -1, 1.5, "200", None)]
+    + [("alpha", v) for v in (-1.0, math.nan, math.inf, "1", None)]
+    + [("gamma", v) for v in (0, -1.0, math.nan, "1.01")]
+    + [("scaling", "row"), ("residual", "both"), ("projection", "full")]
+    + [("proj_type", "std"), ("ranks", 8), ("scale", 0.25)]
+    + [("lr", -1e-3), ("lr", math.nan), ("eps", -1e-8), ("weight_decay", -0.1)]
+    + [("betas", v) for v in ((1.0, 0.999), (0.9, -0.1), (0.9,), 0.9)],
+)
+def test_bad_setting_of_a_projected_group(name, value):
+    with pytest.raises(ValueError, match=name) as error:
+        FiraAdamW([{"params": [weight((12, 8))], "rank": 4} | {name: value}])
+    assert name in ("proj_type", "ranks", "scale") or str(value) in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [{"lr": -1e-3}, {"betas": (0.9, 1.0)}, {"eps": -1.0}, {"weight_decay": -0.1}])
+def test_bad_default(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        FiraAdamW([weight((12, 8))], **bad)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("alpha", 1.0), ("update_proj_gap", 50), ("gamma", None), ("scaling", "column"), ("residual", "paper")],
+)
+def test_setting_without_rank_would_have_no_effect(name, value):
+    with pytest.raises(ValueError, match=rf"{name}.*rank"):
+        FiraAdamW([{"params": [weight((12, 8))], name: value}])
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (2, 3, 4), (2, 3, 4, 5)])
+def test_only_matrices_are_projected(shape):
+    with pytest.raises(ValueError, match="shape") as error:
+        FiraAdamW([{"params": [("layer.thing", torch.nn.Parameter(torch.ones(shape)))], "rank": 4}])
+    assert "layer.thing" in str(error.value)
+    assert str(shape) in str(error.value)
+
+
+def test_complex_matrix():
+    with pytest.raises(ValueError, match="complex"):
+        FiraAdamW([{"params": [torch.nn.Parameter(torch.ones(8, 8, dtype=torch.complex64))], "rank": 4}])
+
+
+def test_refused_group_is_not_added():
+    optimizer = FiraAdamW([weight((12, 8))])
+    with pytest.raises(ValueError, match="rank"):
+        optimizer.add_param_group({"params": [weight((12, 8))], "rank": 0})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [weight((12, 8))], "rank": 4})
+    assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("projected", [True, False])
+def test_sparse_gradient(projected):
+    embedding = torch.nn.Embedding(12, 8, sparse=True)
+    before = embedding.weight.detach().clone()
+    optimizer = FiraAdamW([{"params": list(embedding.parameters())} | ({"rank": 4} if projected else {})])
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises((RuntimeError, ValueError), match="sparse"):
+        optimizer.step()
+    assert torch.equal(embedding.weight, before)
+
+
+def test_defaults_of_a_projected_group_are_the_published_settings():
+    (group,) = FiraAdamW([{"params": [weight((12, 8))], "rank": 4}]).param_groups
+    expected = {"alpha": 1.0, "update_proj_gap": 200, "gamma": 1.01, "projection": "svd", "scaling": "column"}
+    assert expected.items() <= group.items()
+    assert group["residual"] == "reference"
+
+
+def both(weight_decay=0.1):
+    matrix, bias = weight((12, 8)), weight((8,))
+    groups = [{"params": [matrix], "rank": 4, "lr": 1e-2}, {"params": [bias], "lr": 1e-3}]
+    return matrix, bias, FiraAdamW(groups, weight_decay=weight_decay)
+
+
+def test_schedule_scales_both_kinds_of_groups():
+    """With given gradients the state does not depend on lr, so the movement of a step is proportional to it.
+
+    Without decay, whose product with the update is of second order in lr.
+    """
+    factors = [1.0, 0.1, 0.0, 0.5]
+    moved = {}
+    for scheduled in (True, False):
+        matrix, bias, optimizer = both(weight_decay=0.0)
+        plan = (lambda t: factors[min(t, 3)]) if scheduled else (lambda t: 1.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, plan)
+        moved[scheduled] = []
+        for gradient in gradients((12, 8), 4):
+            before = [p.detach().clone() for p in (matrix, bias)]
+            matrix.grad, bias.grad = gradient, gradient[0].clone()
+            optimizer.step()
+            scheduler.step()
+            moved[scheduled].append([p.detach() - b for p, b in zip((matrix, bias), before, strict=True)])
+    for factor, step, plain in zip(factors, moved[True], moved[False], strict=True):
+        for a, b in zip(step, plain, strict=True):
+            assert b.norm() > 0
+            # each movement is the difference of two weights of at most 0.25, rounded to 3e-8 at most
+            assert torch.allclose(a, factor * b, rtol=1e-5, atol=6e-8)
+
+
+def test_learning_rate_of_zero_decays_nothing():
+    matrix, bias, optimizer = both()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for gradient in gradients((12, 8), 3):
+        matrix.grad, bias.grad = gradient, gradient[0].clone()
+        optimizer.step()
+    assert torch.equal(matrix, weight((12, 8)))
+    assert torch.equal(bias, weight((8,)))
+    assert optimizer.state[matrix]["step"] == 3
+
+
+def test_scheduler_state_and_resume_keep_initial_lr():
+    matrix, bias, optimizer = both()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5**t)
+    for _ in range(3):
+        matrix.grad, bias.grad = torch.ones_like(matrix), torch.ones_like(bias)
+        optimizer.step()
+        scheduler.step()
+    _, _, resumed = both()
+    again = torch.optim.lr_scheduler.LambdaLR(resumed, lambda t: 0.5**t)
+    resumed.load_state_dict(optimizer.state_dict())
+    again.load_state_dict(scheduler.state_dict())
+    again.step()
+    assert [g["lr"] for g in resumed.param_groups] == pytest.approx([1e-2 / 16, 1e-3 / 16])
+
+
+@pytest.mark.parametrize("spoiled", ["matrix", "bias"])
+@pytest.mark.parametrize("at", [0, 2])
+def test_grad_scaler_skips_a_step_with_overflow(spoiled, at):
+    """The whole step, not only the weight that overflowed; and the next one works."""
+    matrix, bias, optimizer = both()
+    same = both()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for t, gradient in enumerate(gradients((12, 8), 5)):
+        before = [p.detach().clone() for p in (matrix, bias)]
+        scale = scaler.get_scale()
+        loss = (matrix * gradient).sum() + (bias * gradient[0]).sum()
+        scaler.scale(loss).backward()
+        if t == at:
+            {"matrix": matrix, "bias": bias}[spoiled].grad.view(-1)[3] = math.inf
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if t == at:
+            assert torch.equal(matrix, before[0])
+            assert torch.equal(bias, before[1])
+            assert scaler.get_scale() == scale / 2
+        else:
+            same[0].grad, same[1].grad = gradient.clone(), gradient[0].clone()
+            same[2].step()
+    # scales are powers of two, so unscaled gradients are exact
+    assert torch.equal(matrix, same[0])
+    assert torch.equal(bias, same[1])

@@ -1,0 +1,57 @@
+"""What one ordinary step allocates."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fira_hf import FiraAdamW
+from reference import weight
+
+SHAPES = [(128, 128), (344, 128), (128, 344)]  # LLaMA-60M's matrices, each side a quarter
+RANK = 32
+
+
+def allocations(function):
+    """Sizes in bytes, in order, of what the CPU allocator gives (+) and takes back (-) while the function runs."""
+    function()  # warm: lazily made buffers are not the step's
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+
+
+def peak(sizes):
+    now = highest = 0
+    for size in sizes:
+        now += size
+        highest = max(highest, now)
+    return highest
+
+
+def test_the_meter_sees_what_a_naive_step_allocates():
+    W, G, Q = torch.zeros(344, 128), torch.ones(344, 128), torch.ones(128, 32)
+    sizes = allocations(lambda: W.sub_(G - (G @ Q) @ Q.T))
+    full = 4 * 344 * 128
+    assert max(sizes) == full
+    assert peak(sizes) == 2 * full
+    assert sum(sizes) == 0
+
+
+@pytest.mark.parametrize("track_statistics", [False, True])
+@pytest.mark.parametrize("shapes", [[s] for s in SHAPES] + [SHAPES * 2], ids=str)
+def test_no_tensor_of_the_weights_size(shapes, track_statistics):
+    """Beyond the state: four low-rank gradients (long x rank), whatever the number of matrices."""
+    parameters = [weight(s, seed=i) for i, s in enumerate(shapes)]
+    optimizer = FiraAdamW([{"params": parameters, "rank": RANK, "alpha": 0.25}], lr=1e-3, weight_decay=0.1)
+    optimizer.track_statistics = track_statistics
+    generator = torch.Generator().manual_seed(0)
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimizer.step()  # the basis and the state
+    sizes = allocations(optimizer.step)
+
+    low_rank = 4 * RANK * max(max(s) for s in shapes)
+    assert sizes
+    assert max(sizes) < min(4 * p.numel() for p in parameters)
+    assert max(sizes) <= low_rank
+    assert peak(sizes) <= 4 * low_rank
