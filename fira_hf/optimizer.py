@@ -233,8 +233,8 @@ class FiraAdamW(torch.optim.Optimizer):
         if plain:
             weights, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*plain, strict=True))
             adamw(weights, grads, exp_avgs, exp_avg_sqs, [], steps, **settings)
-        for *tensors, step in others:
-            for w, g, m, v in zip(*(F.row_blocks(torch.atleast_1d(x)) for x in tensors), strict=True):
+        for *parts, step in others:
+            for w, g, m, v in zip(*(F.row_blocks(torch.atleast_1d(x)) for x in parts), strict=True):
                 new_w, new_g, new_m, new_v = (
                     x.to(torch.float32, memory_format=torch.contiguous_format, copy=True) for x in (w, g, m, v)
                 )
