@@ -64,10 +64,11 @@ class FiraCallback(TrainerCallback):
         state.log_history[-1].update(values)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self._optimizer is not None and self._optimizer.config is not None:
-            self._optimizer.config.save_pretrained(
-                Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            )
+        checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        config = self._optimizer.config if self._optimizer is not None else None
+        # A hyper-parameter search saves elsewhere, in a folder for each trial.
+        if state.is_world_process_zero and config is not None and checkpoint.is_dir():
+            config.save_pretrained(checkpoint)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

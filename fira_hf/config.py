@@ -37,6 +37,10 @@ def _is_regex(value: str) -> bool:
     return True
 
 
+def _is_index(value: Any) -> bool:
+    return _is_int(value) and value >= 0
+
+
 def _is_pattern(value: Any, is_valid: Any) -> bool:
     if not isinstance(value, dict):
         return False
@@ -70,10 +74,13 @@ RULES: dict[str, tuple[Any, str]] = {
     "target_modules": (_is_names, "'all-linear', a regular expression, or a non-empty list of module names"),
     "exclude_modules": (lambda v: v is None or _is_names(v), "a regular expression, or a non-empty list of names"),
     "layers_to_transform": (
-        lambda v: v is None or _is_int(v) or (isinstance(v, list) and bool(v) and all(map(_is_int, v))),
-        "a layer index, or a non-empty list of them",
+        lambda v: v is None or _is_index(v) or (isinstance(v, list) and bool(v) and all(map(_is_index, v))),
+        "a layer index of at least 0, or a non-empty list of them",
     ),
-    "layers_pattern": (lambda v: v is None or _is_names(v), "a name, or a non-empty list of names"),
+    "layers_pattern": (
+        lambda v: v is None or (_is_names(v) and all(map(_is_regex, v))),
+        "a name or regular expression, or a non-empty list of them",
+    ),
     "rank_pattern": (lambda v: _is_pattern(v, _is_rank), "a dict from module name or regex to a rank"),
     "alpha_pattern": (lambda v: _is_pattern(v, _is_alpha), "a dict from module name or regex to an alpha above 0"),
     "lr": (lambda v: _is_real(v) and v >= 0, "a number of at least 0"),
@@ -173,7 +180,9 @@ class FiraConfig:
         """Writes `fira_config.json` (sorted keys, one setting a line) into the directory and returns its path."""
         path = Path(save_directory) / CONFIG_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        # Settings are sorted, but not the entries of a pattern: the first one that matches counts.
+        settings = dict(sorted(self.to_dict().items()))
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return path
 
     @classmethod

@@ -65,6 +65,8 @@ def linear_layers(model: nn.Module) -> list[Layer]:
     classes = (nn.Linear, pytorch_utils.Conv1D) if pytorch_utils else (nn.Linear,)
     get_head: Any = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head else None
+    if head is None:  # a classifier: PEFT's names for its head
+        head = next((h for h in (getattr(model, name, None) for name in ("score", "classifier")) if h), None)
     modules = dict(model.named_modules())
     head_name = next((name for name, module in modules.items() if head is not None and module is head), None)
     adapted = [name for name, module in modules.items() if hasattr(module, "base_layer")]
@@ -95,23 +97,23 @@ def matches(target: str | list[str], name: str) -> bool:
     return any(name == entry or name.endswith(f".{entry}") for entry in target)
 
 
-def _is_in_layers(name: str, config: FiraConfig) -> bool:
-    """Whether `layers_to_transform` admits the module, by its first layer index (behind `layers_pattern`, if set)."""
-    indices = config.layers_to_transform
-    if indices is None:
-        return True
-    if isinstance(config.target_modules, list) and name in config.target_modules:
-        return True  # an exact name needs no index, as in PEFT
+def _chosen(target: str | list[str], layer: Layer) -> bool:
+    return any(matches(target, name) for name in layer.aliases)
+
+
+def _layer_index(layer: Layer, config: FiraConfig) -> int | None:
+    """The first layer index in the name, behind `layers_pattern` if that is set."""
     patterns = config.layers_pattern or r"[^.]*"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
+        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", layer.name)
         if found:
-            return int(found[1]) in ([indices] if isinstance(indices, int) else indices)
-    return False
+            return int(found[1])
+    return None
 
 
-def unmatched(setting: str, entry: str, why: str, layers: list[Layer]) -> ValueError:
+def unmatched(setting: str, entry: str | list[str], why: str, layers: list[Layer]) -> ValueError:
     """The error for an entry that chooses no weight, with the nearest names that would."""
+    entry = entry if isinstance(entry, str) else entry[0]
     names = {alias for layer in layers if layer.weight.requires_grad for alias in layer.aliases}
     # Short names first: what people list are the last parts, "q_proj" and the like.
     short = sorted({name.rsplit(".", 1)[-1] for name in names})
@@ -120,17 +122,32 @@ def unmatched(setting: str, entry: str, why: str, layers: list[Layer]) -> ValueE
     return ValueError(f"{setting}: {entry!r} {why}; of the trainable linear layers {hint}.")
 
 
-def _check_entries(setting: str, target: str | list[str], layers: list[Layer], model: nn.Module) -> None:
-    for entry in [target] if isinstance(target, str) else target:
-        probe = entry if isinstance(target, str) else [entry]
-        found = [layer for layer in layers if any(matches(probe, alias) for alias in layer.aliases)]
-        if any(layer.weight.requires_grad for layer in found):
+def _check_entries(config: FiraConfig, layers: list[Layer], model: nn.Module) -> None:
+    """Raises for an entry of the config that chooses nothing."""
+    names = [name for name, _ in model.named_modules() if name]
+    for probe in _probes(config.target_modules):
+        found = [layer for layer in layers if _chosen(probe, layer)]
+        if config.target_modules == ALL_LINEAR or any(layer.weight.requires_grad for layer in found):
             continue
-        if found:
-            raise unmatched(setting, entry, "matches only frozen weights", layers)
-        others = [type(module).__name__ for name, module in model.named_modules() if name and matches(probe, name)]
-        why = f"matches no linear layer, only {others[0]}" if others else "matches no module of the model"
-        raise unmatched(setting, entry, why, layers)
+        others = any(matches(probe, name) for name in names)
+        why = "matches no linear layer" if others else "matches no module of the model"
+        raise unmatched("target_modules", probe, "matches only frozen weights" if found else why, layers)
+    for probe in _probes(config.exclude_modules or []):
+        if not any(_chosen(probe, layer) for layer in layers) and not any(matches(probe, name) for name in names):
+            raise unmatched("exclude_modules", probe, "matches no module of the model", layers)
+    indices = config.layers_to_transform
+    known = {index for layer in layers if (index := _layer_index(layer, config)) is not None}
+    for index in [indices] if isinstance(indices, int) else indices or []:
+        if index not in known:
+            raise ValueError(
+                f"layers_to_transform: there is no layer {index} with layers_pattern={config.layers_pattern!r}; "
+                f"there are {sorted(known)}."
+            )
+
+
+def _probes(target: str | list[str]) -> list[str] | list[list[str]]:
+    """Each entry by itself, in a form that `matches` takes: [regex], or a list for each name."""
+    return [target] if isinstance(target, str) else [[entry] for entry in target]
 
 
 def _from_pattern(pattern: dict[str, int] | dict[str, float], layer: Layer, default: float) -> float:
@@ -150,10 +167,7 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
     layers = linear_layers(model)
     if not any(layer.weight.requires_grad for layer in layers):
         raise ValueError("The model has no trainable linear layer: there is nothing for Fira to project.")
-    if config.target_modules != ALL_LINEAR:
-        _check_entries("target_modules", config.target_modules, layers, model)
-    if config.exclude_modules is not None:
-        _check_entries("exclude_modules", config.exclude_modules, layers, model)
+    _check_entries(config, layers, model)
 
     targets: dict[nn.Parameter, Target] = {}
     reasons: dict[nn.Parameter, str] = {}
@@ -200,11 +214,14 @@ def _why_not(layer: Layer, config: FiraConfig) -> str | None:
     if config.target_modules == ALL_LINEAR:
         if layer.is_head:
             return "output head"
-    elif not any(matches(config.target_modules, alias) for alias in layer.aliases):
+    elif not _chosen(config.target_modules, layer):
         return "not in target_modules"
-    if config.exclude_modules is not None and any(matches(config.exclude_modules, a) for a in layer.aliases):
+    if config.exclude_modules is not None and _chosen(config.exclude_modules, layer):
         return "in exclude_modules"
-    if not any(_is_in_layers(alias, config) for alias in layer.aliases):
+    indices = config.layers_to_transform
+    # A module that is listed by its exact name needs no index, as in PEFT.
+    admitted = [indices] if isinstance(indices, int) else indices
+    if admitted and layer.name not in config.target_modules and _layer_index(layer, config) not in admitted:
         return "not in layers_to_transform"
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -128,7 +129,6 @@ def config_from_args(args: TrainingArguments, model: nn.Module) -> FiraConfig:
             f"{path!r} sets layers_to_transform={file.layers_to_transform!r}, which counts layers of its own "
             "target_modules: take it out of the file, or leave optim_target_modules unset."
         )
-    # The names that the Trainer's rule chooses, spelt out, mean the same by the config's own rule.
     chosen = replace(config, target_modules=_trainer_targets(model, targets))
     if file.target_modules != ALL_LINEAR:
         names, said = ({target.name for target in find_targets(model, c).projected} for c in (chosen, config))
@@ -153,6 +153,8 @@ def parse_optim_args(text: str | None) -> dict[str, Any]:
             raise ValueError(f"optim_args={text!r}: {entry.strip()!r} is not of the form key=value.")
         if name in TRAINER_ARGS:
             raise ValueError(f"optim_args: set {name} by TrainingArguments' {TRAINER_ARGS[name]}, not here.")
+        if name == "target_modules":
+            raise ValueError("optim_args: set target_modules by TrainingArguments' optim_target_modules, not here.")
         if name not in OPTIM_ARGS and name in FiraConfig.__dataclass_fields__:
             raise ValueError(f"optim_args: {name} does not fit into one word: save a FiraConfig and say config=PATH.")
         if name not in OPTIM_ARGS:
@@ -168,11 +170,14 @@ def parse_optim_args(text: str | None) -> dict[str, Any]:
     return settings
 
 
-def _trainer_targets(model: nn.Module, targets: Any) -> list[str]:
-    """The linear layers that the Trainer's rule chooses: by a regex for the name, or a list of regexes and parts."""
+def _trainer_targets(model: nn.Module, targets: Any) -> str:
+    """The Trainer's rule as a regular expression for the full name, which is what `FiraConfig` understands.
+
+    A string is one already. An entry of a list is a part of the name, or a regular expression for all of it.
+    """
     if not isinstance(targets, (str, list)) or not targets:
         raise ValueError(
-            f"optim_target_modules={targets!r} must be 'all-linear', a regular expression or a list of names."
+            f"optim_target_modules={targets!r} must be 'all-linear', a regular expression, or a list of names."
         )
     layers = linear_layers(model)
     for entry in [targets] if isinstance(targets, str) else targets:
@@ -181,4 +186,7 @@ def _trainer_targets(model: nn.Module, targets: Any) -> list[str]:
         if not any(layer.weight.requires_grad for layer in found):
             why = "matches only frozen weights" if found else "matches no linear layer"
             raise unmatched("optim_target_modules", entry, why, layers)
-    return [layer.name for layer in layers if check_target_module_exists(targets, layer.name)]
+    if isinstance(targets, str):
+        return targets
+    parts = [rf".*{re.escape(entry)}.*" for entry in targets]
+    return "|".join(parts + [entry for entry in targets if re.escape(entry) != entry])

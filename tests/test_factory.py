@@ -1,0 +1,249 @@
+"""get_fira_optimizer: parameter groups, the summary, and bytes that are predicted before they are held."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer
+
+from conftest import build_llama, build_tokens
+from fira_hf import FiraAdamW, FiraConfig, get_fira_optimizer
+from fira_hf.memory import estimate_memory
+from fira_hf.targets import find_targets
+
+
+def build_gpt2(dtype=torch.float32):
+    """Biases, LayerNorms, Conv1D and a head tied to the embedding."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)).to(dtype)
+
+
+def build_lora(dtype=torch.float32):
+    return get_peft_model(build_llama(dtype=dtype), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+
+
+def build_partly_frozen(dtype=torch.float32):
+    model = build_llama(dtype=dtype)
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[0].requires_grad_(False)
+    return model
+
+
+MODELS = {"llama": build_llama, "gpt2": build_gpt2, "lora": build_lora, "partly frozen": build_partly_frozen}
+PATTERNS = {"rank": 8, "rank_pattern": {r".*\.1\..*": 4}, "alpha_pattern": {"q_proj|c_attn": 0.5}}
+
+
+def one_step(model, optimizer):
+    tokens = torch.stack([row["input_ids"] for row in build_tokens(4)])
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+
+
+def bytes_held(optimizer) -> int:
+    tensors = (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+# --------------------------------------------------------------------------- groups
+
+
+@pytest.mark.parametrize("settings", [{"rank": 8}, PATTERNS, {"rank": 8, "dense_lr": 1e-4}], ids=str)
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_every_trainable_parameter_is_in_exactly_one_group(build, settings):
+    model = build()
+    groups = get_fira_optimizer(model, FiraConfig(**settings)).param_groups
+    listed = [id(p) for group in groups for p in group["params"]]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_projected_groups_hold_the_plan_and_come_first(build):
+    model = build()
+    config = FiraConfig(**PATTERNS)
+    groups = get_fira_optimizer(model, config).param_groups
+    plan = {id(e.parameter): (min(e.rank, *e.parameter.shape), e.alpha) for e in find_targets(model, config).projected}
+    held = {
+        id(p): (min(group["rank"], *p.shape), group["alpha"])
+        for group in groups
+        if "rank" in group
+        for p in group["params"]
+    }
+    assert held == plan
+    is_projected = ["rank" in group for group in groups if group["params"]]
+    assert is_projected == sorted(is_projected, reverse=True)
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_weight_decay_excludes_what_the_trainer_excludes(build):
+    model = build()
+    decays = set(Trainer.get_decay_parameter_names(None, model))
+    groups = get_fira_optimizer(model, FiraConfig(rank=8, weight_decay=0.1)).param_groups
+    found = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    expected = {id(p): 0.1 if name in decays else 0.0 for name, p in model.named_parameters() if p.requires_grad}
+    assert found == expected
+
+
+def test_the_names_of_norms_are_recognised_as_the_trainer_recognises_them():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(4, 4)
+            self.InputLayerNorm, self.ln_norm, self.norm, self.normal, self.Bias = (Scale() for _ in range(5))
+            self.block = nn.ModuleDict({"RMSNorm": Scale(), "scale": Scale(), "ln": nn.LayerNorm(4)})
+            self.bias_scale = nn.Parameter(torch.ones(4))
+
+    model = Model()
+    decays = set(Trainer.get_decay_parameter_names(None, model))
+    groups = get_fira_optimizer(model, FiraConfig(rank=2, weight_decay=0.1)).param_groups
+    found = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    assert {name for name, p in model.named_parameters() if id(p) in found} == decays
+    assert {"proj.weight", "normal.weight", "block.scale.weight"} <= decays
+
+
+@pytest.mark.parametrize("dense_lr", [None, 1e-5, 0.0], ids=str)
+def test_dense_lr_is_for_what_is_not_projected(dense_lr):
+    optimizer = get_fira_optimizer(build_llama(), FiraConfig(rank=8, lr=1e-2, dense_lr=dense_lr))
+    for group in optimizer.param_groups:
+        dense = 1e-2 if dense_lr is None else dense_lr
+        assert group["lr"] == (1e-2 if "rank" in group else dense)
+
+
+def test_the_settings_reach_every_group():
+    config = FiraConfig(
+        rank=8,
+        alpha=0.5,
+        update_proj_gap=7,
+        gamma=None,
+        scaling="matrix",
+        residual="paper",
+        betas=(0.8, 0.95),
+        eps=1e-5,
+    )
+    optimizer = get_fira_optimizer(build_llama(), config)
+    assert isinstance(optimizer, FiraAdamW)
+    assert optimizer.config == config
+    for group in optimizer.param_groups:
+        assert (tuple(group["betas"]), group["eps"]) == ((0.8, 0.95), 1e-5)
+        if "rank" in group:
+            own = {
+                key: group[key] for key in ("alpha", "update_proj_gap", "gamma", "scaling", "residual", "projection")
+            }
+            assert own == {
+                "alpha": 0.5,
+                "update_proj_gap": 7,
+                "gamma": None,
+                "scaling": "matrix",
+                "residual": "paper",
+                "projection": "svd",
+            }
+
+
+def test_the_config_is_not_changed_by_use():
+    config = FiraConfig(rank=8, target_modules=["q_proj"], rank_pattern={"q_proj": 4})
+    before = config.to_dict()
+    get_fira_optimizer(build_llama(), config)
+    assert config.to_dict() == before
+
+
+# --------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("settings", [{"rank": 8}, PATTERNS, {"rank": 500}], ids=str)
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_the_estimate_is_what_fira_holds(build, settings, dtype):
+    model = build(dtype=dtype)
+    config = FiraConfig(**settings)
+    estimate = estimate_memory(model, config)
+    assert estimate.weights == sum(p.nbytes for p in model.parameters())
+    assert estimate.gradients == sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    optimizer = get_fira_optimizer(model, config)
+    for _ in range(2):  # LoRA's A receives its first gradient in the second step, B being zero at first
+        one_step(model, optimizer)
+    assert estimate.optimizer_state == bytes_held(optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_the_estimate_is_what_adamw_holds(build, dtype):
+    model = build(dtype=dtype)
+    estimate = estimate_memory(model, None)
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    one_step(model, optimizer)
+    assert estimate.optimizer_state == bytes_held(optimizer)
+
+
+@pytest.mark.parametrize("config", [None, FiraConfig(rank=8)], ids=["adamw", "fira"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_meta_device_gives_the_same_estimate(config, tied):
+    with torch.device("meta"):
+        on_meta = build_llama(tie_word_embeddings=tied)
+    on_meta.tie_weights()
+    assert estimate_memory(on_meta, config) == estimate_memory(build_llama(tie_word_embeddings=tied), config)
+
+
+def test_a_large_model_is_estimated_without_its_weights():
+    with torch.device("meta"):
+        model = build_llama(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32)
+    plan = find_targets(model, FiraConfig(rank=128)).projected
+    low_rank = sum(4 * 128 * (min(e.parameter.shape) + 2 * max(e.parameter.shape)) for e in plan)
+    fira, adamw = (estimate_memory(model, config).optimizer_state for config in (FiraConfig(rank=128), None))
+    assert low_rank < fira < adamw
+
+
+# --------------------------------------------------------------------------- the summary
+
+
+def numbers_in(text: str) -> set[int]:
+    return {int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*(?![\d.])", text)}
+
+
+def test_the_summary_counts_what_is_projected_and_what_is_not():
+    model = build_partly_frozen()
+    config = FiraConfig(rank=8, rank_pattern={"q_proj": 4})
+    summary = get_fira_optimizer(model, config).summary
+    plan = find_targets(model, config)
+    projected = [entry.parameter for entry in plan.projected]
+    assert len(summary.splitlines()) > 1
+    numbers = numbers_in(summary)
+    assert len(projected) in numbers
+    assert sum(p.numel() for p in projected) in numbers
+    assert {4, 8} <= numbers, "both ranks"
+    skipped_trainable = [entry for entry in plan.skipped if entry.parameter.requires_grad]
+    for reason in {entry.reason for entry in skipped_trainable}:
+        assert reason in summary
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_the_summary_states_the_bytes_of_fira_beside_those_of_adamw(build):
+    model = build()
+    config = FiraConfig(rank=8)
+    optimizer = get_fira_optimizer(model, config)
+    summary = optimizer.summary
+    for _ in range(2):
+        one_step(model, optimizer)
+    numbers = numbers_in(summary)
+    assert bytes_held(optimizer) in numbers
+    assert estimate_memory(model, None).optimizer_state in numbers
+
+
+def test_the_first_step_moves_every_trainable_weight():
+    model = build_gpt2()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    one_step(model, get_fira_optimizer(model, FiraConfig(rank=8)))
+    assert not [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+
+
+def test_a_model_that_has_nothing_to_project_is_an_error():
+    with pytest.raises(ValueError, match="(?i)linear"):
+        get_fira_optimizer(nn.LayerNorm(4), FiraConfig())

@@ -1,0 +1,469 @@
+"""Which weights are projected: PEFT's rules for a FiraConfig, the Trainer's own for `optim_target_modules`."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from unittest import mock
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.pytorch_utils import Conv1D
+
+from conftest import build_llama
+from fira_hf import FiraConfig
+from fira_hf.targets import find_targets
+
+
+def build_gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4))
+
+
+def build_bert():
+    torch.manual_seed(0)
+    return BertForMaskedLM(
+        BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=80)
+    )
+
+
+def build_t5():
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=80, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    )
+
+
+MODELS = {"llama": build_llama, "gpt2": build_gpt2, "bert": build_bert, "t5": build_t5}
+
+
+def projected_modules(model: nn.Module, config: FiraConfig) -> set[str]:
+    """Names of the modules whose weight is projected (found by identity, so not by the library's own names)."""
+    chosen = {id(entry.parameter) for entry in find_targets(model, config).projected}
+    return {name for name, module in model.named_modules() if id(getattr(module, "weight", None)) in chosen}
+
+
+def peft_modules(model: nn.Module, **settings) -> set[str]:
+    """Names of the linear modules that PEFT would adapt under the same settings."""
+    config = LoraConfig(**settings)
+    _maybe_include_all_linear_layers(config, model)
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and check_target_module_exists(config, name)
+    }
+
+
+AGREEMENT = {
+    "llama": [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj", "mlp.down_proj"]},
+        {"target_modules": ["self_attn.q_proj", "layers.1.mlp.up_proj"]},
+        {"target_modules": ["model.layers.0.self_attn.q_proj"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": r".*\.(q|v)_proj"},
+        {"target_modules": r"model\.layers\.1\..*_proj"},
+        {"target_modules": r".*_proj", "exclude_modules": ["q_proj", "layers.0.mlp.up_proj"]},
+        {"target_modules": ["q_proj", "down_proj"], "exclude_modules": r".*layers\.0.*"},
+        {"target_modules": "all-linear", "exclude_modules": ["gate_proj"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj"], "layers_to_transform": 1},
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0, 1], "layers_pattern": "layers"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": ["h", "layers"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "exclude_modules": ["k_proj"]},
+        # PEFT does not apply the layer rule to a name that is given in full
+        {"target_modules": ["model.layers.0.self_attn.q_proj", "up_proj"], "layers_to_transform": [1]},
+    ],
+    "gpt2": [
+        {"target_modules": ["c_attn"]},
+        {"target_modules": ["attn.c_proj"]},
+        {"target_modules": ["c_proj"]},
+        {"target_modules": r".*mlp\.c_fc"},
+        {"target_modules": ["c_fc"], "layers_to_transform": [1], "layers_pattern": "h"},
+        {"target_modules": ["c_fc"], "layers_to_transform": [1]},
+        {"target_modules": "all-linear"},
+    ],
+    "bert": [
+        {"target_modules": ["query", "value"]},
+        {"target_modules": ["dense"]},
+        {"target_modules": ["output.dense"], "exclude_modules": ["attention.output.dense"]},
+        {"target_modules": ["query"], "layers_to_transform": [1], "layers_pattern": "layer"},
+        {"target_modules": "all-linear"},
+    ],
+    "t5": [
+        {"target_modules": ["q", "v"]},
+        {"target_modules": ["SelfAttention.o", "wo"]},
+        {"target_modules": r"decoder\..*(EncDecAttention)\.(k|v)"},
+        {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "block"},
+        {"target_modules": "all-linear"},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("model_name", "settings"),
+    [(name, settings) for name, cases in AGREEMENT.items() for settings in cases],
+    ids=lambda part: part if isinstance(part, str) else " ".join(f"{k}={v}" for k, v in part.items()),
+)
+def test_the_same_modules_as_peft(model_name, settings):
+    model = MODELS[model_name]()
+    expected = peft_modules(model, **settings)
+    assert expected, "the case must select something"
+    assert projected_modules(model, FiraConfig(**settings)) == expected
+
+
+def test_the_layer_index_is_the_first_number_in_the_name():
+    """T5's blocks hold numbered layers themselves. Old versions of PEFT took the last number."""
+    model = build_t5()
+    config = FiraConfig(target_modules=["q", "wi"], layers_to_transform=[1])
+    expected = {name for name, _ in model.named_modules() if ".block.1." in name and name.endswith((".q", ".wi"))}
+    assert projected_modules(model, config) == expected != set()
+
+
+def test_names_match_at_a_dot_only():
+    """ "proj" is the end of "q_proj", but not its last dotted part; a string must match the whole name."""
+    with pytest.raises(ValueError, match="'proj'"):
+        find_targets(build_llama(), FiraConfig(target_modules=["proj"]))
+    with pytest.raises(ValueError, match="q_proj"):
+        find_targets(build_llama(), FiraConfig(target_modules="q_proj"))
+
+
+PATTERNS = [
+    {"q_proj": 4},
+    {"layers.0.self_attn.q_proj": 2, "q_proj": 4},
+    {"q_proj": 4, "layers.0.self_attn.q_proj": 2},
+    {r"layers\.\d+\.mlp\..*": 6},
+    {"(q|k)_proj": 3, ".*": 5},
+    {r"^model\.layers\.1\..*": 7},
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_rank_and_alpha_patterns_pick_the_key_that_peft_picks(pattern):
+    model = build_llama()
+    alphas = {key: value / 10 for key, value in pattern.items()}
+    config = FiraConfig(rank=9, alpha=0.9, rank_pattern=pattern, alpha_pattern=alphas)
+    names = {id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    entries = find_targets(model, config).projected
+    assert len(entries) == 14
+    for entry in entries:
+        key = get_pattern_key(pattern.keys(), names[id(entry.parameter)])
+        assert entry.rank == pattern.get(key, 9)
+        assert entry.alpha == pytest.approx(alphas.get(key, 0.9))
+
+
+# --------------------------------------------------------------------------- the Trainer's rule
+
+
+@pytest.fixture(scope="module")
+def galore():
+    """The Trainer's GaLore; its package imports bitsandbytes for the 8-bit variant, which is not used here."""
+    if importlib.util.find_spec("galore_torch") is None:
+        pytest.skip("needs galore_torch")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        names = ("bitsandbytes", "bitsandbytes.functional", "bitsandbytes.optim", "bitsandbytes.optim.optimizer")
+        stubs = {name: types.ModuleType(name) for name in names}
+        stubs["bitsandbytes"].functional = stubs["bitsandbytes.functional"]
+        stubs["bitsandbytes.optim.optimizer"].Optimizer2State = torch.optim.Optimizer
+        with mock.patch.dict(sys.modules, stubs):
+            import galore_torch
+            import galore_torch.adamw8bit
+        # patch.dict takes out again whatever came in while it was active
+        sys.modules["galore_torch"] = galore_torch
+
+
+def trainer_groups(model, optim, targets, tmp_path):
+    args = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, optim=optim, optim_target_modules=targets
+    )
+    return Trainer(model=model, args=args).create_optimizer().param_groups
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["attn", "mlp"],
+        ["q_proj"],
+        ["layers.1"],
+        ["proj"],
+        [r".*\.layers\.0\..*up_proj"],
+        ["model.layers.0.mlp.gate_proj", r".*v_proj"],
+        r".*\.(q|k)_proj",
+        r".*layers\.1.*",
+        r"model\.layers\.0\.mlp\.down_proj",
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("frozen", [False, True], ids=["all trainable", "layer 0 frozen"])
+def test_optim_target_modules_chooses_what_galore_chooses(targets, frozen, tmp_path, galore):
+    model = build_llama()
+    model.model.layers[0].requires_grad_(not frozen)
+
+    def chosen(optim):
+        groups = trainer_groups(model, optim, targets, tmp_path)
+        parameters = {id(p) for group in groups if "rank" in group for p in group["params"] if p.requires_grad}
+        return {name for name, parameter in model.named_parameters() if id(parameter) in parameters}
+
+    entries = targets if isinstance(targets, list) else [targets]
+    if frozen and any("layers.0" in entry or r"layers\.0" in entry for entry in entries):
+        # GaLore now trains nothing of what this entry asks for, and does not say so
+        with pytest.raises(ValueError, match="frozen"):
+            chosen("fira")
+    else:
+        assert chosen("fira") == chosen("galore_adamw") != set()
+
+
+class Nested(nn.Module):
+    """The whole name of one layer is the end of another's."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+        self.block = nn.ModuleDict({"proj": nn.Linear(8, 8), "out": nn.Linear(8, 8)})
+
+
+@pytest.mark.parametrize("targets", ["proj", ["proj"], ["block"], r"block\..*"], ids=str)
+def test_the_trainers_rule_where_one_name_ends_another(targets, tmp_path, galore):
+    model = Nested()
+    chosen = [
+        {
+            id(p)
+            for group in trainer_groups(model, optim, targets, tmp_path)
+            if "rank" in group
+            for p in group["params"]
+        }
+        for optim in ("galore_adamw", "fira")
+    ]
+    assert chosen[0] == chosen[1]
+
+
+# --------------------------------------------------------------------------- LoRA under PEFT
+
+
+def build_lora(**settings):
+    return get_peft_model(build_llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **settings))
+
+
+@pytest.mark.parametrize(
+    ("targets", "parts"),
+    [
+        ("all-linear", ("lora_A", "lora_B")),
+        (["q_proj"], ("q_proj.lora_A", "q_proj.lora_B")),
+        (["lora_A"], ("lora_A",)),
+        (["q_proj", "lora_B"], ("q_proj.lora_A", "lora_B")),
+        (r".*v_proj", ("v_proj.lora_A", "v_proj.lora_B")),
+    ],
+    ids=str,
+)
+def test_under_a_peft_model_the_adapter_matrices_are_chosen(targets, parts):
+    model = build_lora()
+    chosen = {id(entry.parameter) for entry in find_targets(model, FiraConfig(target_modules=targets)).projected}
+    expected = {
+        name for name, p in model.named_parameters() if p.requires_grad and any(part in name for part in parts)
+    }
+    assert {name for name, p in model.named_parameters() if id(p) in chosen} == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "parts"),
+    [(None, ("lora_",)), (["q_proj"], ("q_proj.lora_",)), (["lora_A"], ("lora_A",)), (["attn"], ("lora_",))],
+    ids=str,
+)
+def test_under_a_peft_model_in_the_trainer(targets, parts, tmp_path):
+    model = build_lora()
+    groups = trainer_groups(model, "fira", targets, tmp_path)
+    chosen = {id(p) for group in groups if "rank" in group for p in group["params"]}
+    expected = {
+        name for name, p in model.named_parameters() if p.requires_grad and any(part in name for part in parts)
+    }
+    assert {name for name, p in model.named_parameters() if id(p) in chosen} == expected
+
+
+def test_a_trainable_copy_of_the_head_stays_dense():
+    model = build_lora(modules_to_save=["lm_head"])
+    plan = find_targets(model, FiraConfig())
+    head = [p for name, p in model.named_parameters() if "lm_head" in name and p.requires_grad]
+    assert len(head) == 1
+    assert all(entry.parameter is not head[0] for entry in plan.projected)
+    assert any(entry.parameter is head[0] and entry.reason for entry in plan.skipped)
+
+
+# --------------------------------------------------------------------------- what is left out, and why
+
+
+def skipped_reasons(model, config) -> dict[str, str]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(entry.parameter)]: entry.reason for entry in find_targets(model, config).skipped}
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_every_trainable_weight_is_projected_or_skipped_with_a_reason(build):
+    model = build()
+    plan = find_targets(model, FiraConfig())
+    listed = [id(entry.parameter) for entry in [*plan.projected, *plan.skipped]]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {id(parameter) for parameter in model.parameters()}
+    assert all(isinstance(entry.reason, str) and entry.reason.strip() for entry in plan.skipped)
+
+
+def test_the_reasons_are_true():
+    model = build_gpt2()
+    reasons = skipped_reasons(model, FiraConfig())
+    # the embedding is also the tied output head, and either is a reason
+    assert any(word in reasons["transformer.wte.weight"] for word in ("head", "embedding"))
+    assert "embedding" in reasons["transformer.wpe.weight"]
+    assert "norm" in reasons["transformer.ln_f.weight"]
+    assert "bias" in reasons["transformer.h.0.attn.c_attn.bias"]
+    assert not any("attn.c_attn.weight" in name for name in reasons)
+
+
+def test_a_frozen_weight_is_neither_projected_nor_trained():
+    model = build_llama()
+    model.model.layers[0].requires_grad_(False)
+    plan = find_targets(model, FiraConfig(target_modules=["q_proj", "layers.1.mlp.up_proj"]))
+    assert {id(e.parameter) for e in plan.projected} == {
+        id(model.model.layers[1].self_attn.q_proj.weight),
+        id(model.model.layers[1].mlp.up_proj.weight),
+    }
+    assert all(entry.parameter.requires_grad for entry in plan.skipped)
+
+
+def test_the_untied_head_is_reported_as_the_head():
+    assert "head" in skipped_reasons(build_llama(), FiraConfig())["lm_head.weight"].lower()
+
+
+def test_a_linear_layer_that_was_not_asked_for_says_so():
+    reasons = skipped_reasons(build_llama(), FiraConfig(target_modules=["q_proj"]))
+    assert "target_modules" in reasons["model.layers.0.self_attn.k_proj.weight"]
+    reasons = skipped_reasons(build_llama(), FiraConfig(exclude_modules=["k_proj"]))
+    assert "exclude_modules" in reasons["model.layers.0.self_attn.k_proj.weight"]
+
+
+def test_a_weight_shared_by_two_layers_is_one_entry():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+            self.second.weight = self.first.weight
+
+    model = Shared()
+    entries = find_targets(model, FiraConfig()).projected
+    assert [id(entry.parameter) for entry in entries].count(id(model.first.weight)) == 1
+    assert {id(entry.parameter) for entry in entries} == {id(model.first.weight), id(model.third.weight)}
+
+
+def test_a_tied_head_asked_for_by_name_is_projected_once():
+    model = build_llama(tie_word_embeddings=True)
+    entries = find_targets(model, FiraConfig(target_modules=["q_proj", "lm_head"])).projected
+    assert [entry.parameter is model.model.embed_tokens.weight for entry in entries].count(True) == 1
+
+
+def test_a_plain_module_works_without_transformers_classes():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    assert projected_modules(model, FiraConfig()) == peft_modules(model, target_modules="all-linear") == {"0", "2"}
+    assert projected_modules(model, FiraConfig(target_modules=["2"])) == {"2"}
+
+
+def test_the_meta_device_gives_the_same_plan():
+    with torch.device("meta"):
+        on_meta = build_llama()
+    names = [
+        [entry.name for entry in find_targets(model, FiraConfig()).projected] for model in (on_meta, build_llama())
+    ]
+    assert names[0] == names[1]
+
+
+# --------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("targets", "named", "near"),
+    [
+        (["q_porj"], "'q_porj'", "q_proj"),
+        (["q_proj", "mlp.donw_proj"], "donw_proj", "down_proj"),
+        (r".*\.q_porj", "q_porj", "q_proj"),
+        (["model.layers.7.self_attn.q_proj"], "layers.7", "model.layers.1.self_attn.q_proj"),
+    ],
+    ids=str,
+)
+def test_an_unmatched_entry_is_named_with_real_names_nearby(targets, named, near):
+    with pytest.raises(ValueError) as refused:
+        find_targets(build_llama(), FiraConfig(target_modules=targets))
+    message = str(refused.value)
+    assert named in message
+    assert near in message.replace(named, "")
+
+
+@pytest.mark.parametrize("targets", [["q_porj"], ["q_proj", "donw_proj"], r".*q_porj"], ids=str)
+def test_the_trainer_refuses_an_unmatched_entry_too(targets, tmp_path):
+    with pytest.raises(ValueError, match="q_porj|donw_proj"):
+        trainer_groups(build_llama(), "fira", targets, tmp_path)
+
+
+def test_an_entry_that_finds_only_frozen_weights_says_so():
+    model = build_llama()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.requires_grad_(False)
+    with pytest.raises(ValueError, match="(?s)'q_proj'.*frozen"):
+        find_targets(model, FiraConfig(target_modules=["q_proj", "k_proj"]))
+
+
+def test_a_wholly_frozen_model_says_so():
+    model = build_llama().requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable linear layer|frozen"):
+        find_targets(model, FiraConfig())
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "input_layernorm", "self_attn", "act_fn"])
+def test_a_target_that_is_no_linear_layer_says_so(target):
+    with pytest.raises(ValueError) as refused:
+        find_targets(build_llama(), FiraConfig(target_modules=["q_proj", target]))
+    assert repr(target) in str(refused.value)
+    assert "linear" in str(refused.value).lower()
+
+
+def test_a_model_without_linear_layers_says_so():
+    model = nn.Sequential(nn.Embedding(8, 4), nn.LayerNorm(4))
+    with pytest.raises(ValueError, match="(?i)linear"):
+        find_targets(model, FiraConfig())
+
+
+def test_excluding_what_is_frozen_anyway_is_no_error():
+    """The exclusion is met; PEFT accepts it, too."""
+    model = build_llama()
+    model.lm_head.requires_grad_(False)
+    config = FiraConfig(target_modules=r".*(q_proj|lm_head)", exclude_modules=["lm_head"])
+    assert len(find_targets(model, config).projected) == 2
+
+
+def test_all_linear_takes_layers_to_transform():
+    model = build_llama()
+    assert projected_modules(model, FiraConfig(layers_to_transform=1)) == {
+        name for name in peft_modules(model, target_modules="all-linear") if ".layers.1." in name
+    }
+
+
+def test_excluding_everything_is_an_error():
+    with pytest.raises(ValueError, match="exclude_modules"):
+        find_targets(build_llama(), FiraConfig(target_modules=["q_proj"], exclude_modules=["q_proj"]))
+
+
+def test_layers_that_do_not_exist_are_an_error():
+    with pytest.raises(ValueError, match="layers_to_transform"):
+        find_targets(build_llama(), FiraConfig(target_modules=["q_proj"], layers_to_transform=[7]))
