@@ -1,4 +1,4 @@
-"""`FiraConfig`: which weights to project and how. Every setting is checked here, once, and nowhere else."""
+"""`FiraConfig`: which weights to project and how. The rule of every setting is stated here, and nowhere else."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import difflib
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 CONFIG_NAME = "fira_config.json"
+ALL_LINEAR = "all-linear"
+
+Check = Callable[[Any], bool]
 
 
 def _is_int(value: Any) -> bool:
@@ -41,13 +45,13 @@ def _is_index(value: Any) -> bool:
     return _is_int(value) and value >= 0
 
 
-def _is_pattern(value: Any, is_valid: Any) -> bool:
+def _is_pattern(value: Any, is_valid: Check) -> bool:
     if not isinstance(value, dict):
         return False
     return all(isinstance(key, str) and _is_regex(key) and is_valid(number) for key, number in value.items())
 
 
-def _is_rank(value: Any) -> bool:
+def _is_positive_int(value: Any) -> bool:
     return _is_int(value) and value >= 1
 
 
@@ -59,14 +63,14 @@ def _is_betas(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_real(b) and 0 <= b < 1 for b in value)
 
 
-def _is_one_of(*choices: str) -> tuple[Any, str]:
+def _is_one_of(*choices: str) -> tuple[Check, str]:
     return (lambda value: value in choices), "one of " + ", ".join(map(repr, choices))
 
 
-RULES: dict[str, tuple[Any, str]] = {
-    "rank": (_is_rank, "an integer of at least 1"),
+RULES: dict[str, tuple[Check, str]] = {
+    "rank": (_is_positive_int, "an integer of at least 1"),
     "alpha": (_is_alpha, "a number above 0"),
-    "update_proj_gap": (_is_rank, "an integer of at least 1"),
+    "update_proj_gap": (_is_positive_int, "an integer of at least 1"),
     "gamma": (lambda v: v is None or (_is_real(v) and v >= 1), "a number of at least 1, or None for no limiter"),
     "projection": _is_one_of("svd"),
     "scaling": _is_one_of("column", "matrix", "none"),
@@ -78,10 +82,10 @@ RULES: dict[str, tuple[Any, str]] = {
         "a layer index of at least 0, or a non-empty list of them",
     ),
     "layers_pattern": (
-        lambda v: v is None or (_is_names(v) and all(map(_is_regex, v))),
+        lambda v: v is None or (_is_names(v) and all(map(_is_regex, [v] if isinstance(v, str) else v))),
         "a name or regular expression, or a non-empty list of them",
     ),
-    "rank_pattern": (lambda v: _is_pattern(v, _is_rank), "a dict from module name or regex to a rank"),
+    "rank_pattern": (lambda v: _is_pattern(v, _is_positive_int), "a dict from module name or regex to a rank"),
     "alpha_pattern": (lambda v: _is_pattern(v, _is_alpha), "a dict from module name or regex to an alpha above 0"),
     "lr": (lambda v: _is_real(v) and v >= 0, "a number of at least 0"),
     "betas": (_is_betas, "two numbers in [0, 1)"),
@@ -115,8 +119,8 @@ class FiraConfig:
         update_proj_gap: optimizer steps between two refreshes of a basis.
         gamma: threshold of the norm-growth limiter (largest growth of the residual's norm from one step to the
             next); None switches the limiter off.
-        target_modules: "all-linear" (every linear layer but the output head), a list of names (exact, or a dotted
-            suffix), or a regular expression that must match a module's full name.
+        target_modules: "all-linear" (every linear layer but the output or classification head), a list of names
+            (exact, or a dotted suffix), or a regular expression that must match a module's full name.
         exclude_modules: names or a regular expression, by the same rules, of modules that are not projected.
         layers_to_transform: only layers of these indices; for "all-linear" or a list of names.
         layers_pattern: name of the list of layers that the indices count in, such as "layers" or "h".
@@ -158,10 +162,12 @@ class FiraConfig:
             value = getattr(self, name)
             if isinstance(value, (tuple, set, frozenset)):
                 setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
+        if isinstance(self.target_modules, str) and self.target_modules.lower().replace("_", "-") == ALL_LINEAR:
+            self.target_modules = ALL_LINEAR
         for name in RULES:
             check_setting(name, getattr(self, name))
         self.betas = (self.betas[0], self.betas[1])
-        is_regex = isinstance(self.target_modules, str) and self.target_modules != "all-linear"
+        is_regex = isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
         if is_regex and self.layers_to_transform is not None:
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform!r} cannot be combined with the regular expression "
@@ -186,8 +192,8 @@ class FiraConfig:
         return path
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **overrides: Any) -> FiraConfig:
-        """Reads a `fira_config.json`, given as the file or its directory; `overrides` replace what it says.
+    def from_pretrained(cls, path: str | Path) -> FiraConfig:
+        """Reads a `fira_config.json`, given as the file or its directory.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -196,7 +202,9 @@ class FiraConfig:
         file = Path(path).expanduser()
         file = file / CONFIG_NAME if file.is_dir() else file
         if not file.is_file():
-            raise FileNotFoundError(f"No Fira configuration at {str(file)!r}: give a {CONFIG_NAME} or its directory.")
+            raise FileNotFoundError(
+                f"No Fira configuration at {str(file)!r}: give a local {CONFIG_NAME} or its directory."
+            )
         try:
             settings = json.loads(file.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
@@ -207,4 +215,4 @@ class FiraConfig:
         for name in settings:
             if name not in valid:
                 raise ValueError(f"{str(file)!r}: {unknown_name('setting', name, valid)}")
-        return cls(**{**settings, **overrides})
+        return cls(**settings)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from .config import FiraConfig
-from .memory import adamw_state_bytes, fira_state_bytes
 from .optimizer import PROJECTED_DEFAULTS, FiraAdamW
-from .targets import TargetPlan, find_targets
+from .targets import TargetPlan, adamw_state_bytes, find_targets
+
+logger = logging.getLogger(__name__)
 
 # Weights that do not decay: the Trainer's own rule (transformers, `Trainer.get_decay_parameter_names`).
 NO_DECAY_NAMES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
@@ -42,12 +45,14 @@ def get_fira_optimizer(model: nn.Module, config: FiraConfig | None = None) -> Fi
     return build_optimizer(model, config, groups)
 
 
-def build_optimizer(model: nn.Module, config: FiraConfig, groups: list[dict[str, Any]]) -> FiraAdamW:
-    """The optimizer for given groups of trainable weights, each of which is split into projected and not.
+def build_optimizer(model: nn.Module, config: FiraConfig, params: Iterable[Any]) -> FiraAdamW:
+    """The optimizer for given groups (or one list) of trainable weights, each of them split into projected and not.
 
     Groups keep their own settings, such as weight decay. Projected groups come first, since schedulers and the Trainer
     report the learning rate of the first group.
     """
+    groups = list(params)
+    groups = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
     plan = find_targets(model, config)
     targets = {target.parameter: target for target in plan.projected}
     names = {p: name for name, p in model.named_parameters()}
@@ -55,7 +60,10 @@ def build_optimizer(model: nn.Module, config: FiraConfig, groups: list[dict[str,
     projected, dense = [], []
     for group in groups:
         split = defaultdict(list)
-        for p in group["params"]:
+        if "lr" in group and config.dense_lr is not None:
+            raise ValueError(f"dense_lr={config.dense_lr} and the lr={group['lr']} of a group exclude each other.")
+        for entry in group["params"]:
+            p = entry[1] if isinstance(entry, tuple) else entry
             target = targets.get(p)
             split[(target.rank, target.alpha) if target else None].append((names[p], p))
         for key, params in split.items():
@@ -64,9 +72,10 @@ def build_optimizer(model: nn.Module, config: FiraConfig, groups: list[dict[str,
                 dense.append({**group, "params": params, **own_lr})
             else:
                 projected.append({**group, "params": params, "rank": key[0], "alpha": key[1], **shared})
-    optimizer = FiraAdamW(projected + dense, lr=config.lr, betas=config.betas, eps=config.eps)
+    optimizer = FiraAdamW(projected + dense, config.lr, config.betas, config.eps, config.weight_decay)
     optimizer.config = config
     optimizer.summary = summarize(model, plan)
+    logger.info(optimizer.summary)
     return optimizer
 
 
@@ -82,9 +91,9 @@ def summarize(model: nn.Module, plan: TargetPlan) -> str:
         f"Fira projects {len(projected)} matrices ({by_rank}) with {size:,} of {trainable:,} trainable parameters "
         f"({size / trainable:.1%})."
     ]
-    full = sum(target.rank == min(target.parameter.shape) for target in plan.projected)
-    if full:
-        lines.append(f"{full} of them at their full short side: there is no residual, and more state than AdamW's.")
+    useless = sum(target.state_bytes >= adamw_state_bytes(target.parameter) for target in plan.projected)
+    if useless:
+        lines.append(f"{useless} of them need at least as much state as with AdamW: lower the rank, or exclude them.")
     if skipped:
         count: Counter[str] = Counter()
         numel: Counter[str] = Counter()
@@ -96,6 +105,6 @@ def summarize(model: nn.Module, plan: TargetPlan) -> str:
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     if frozen:
         lines.append(f"Frozen: {frozen:,} parameters.")
-    state, adamw = fira_state_bytes(plan), sum(map(adamw_state_bytes, projected + skipped))
+    state, adamw = plan.state_bytes, sum(map(adamw_state_bytes, projected + skipped))
     lines.append(f"Optimizer state: {state:,} bytes; AdamW's would be {adamw:,} ({state / adamw:.1%}).")
     return "\n".join(lines)

@@ -119,7 +119,8 @@ def apply_update(
     if W.dtype == torch.float32 and G.dtype == torch.float32 and active is None:
         W.addmm_(A, Q.t(), beta=decay, alpha=-decay).addcmul_(B, G, value=-decay)
         return
-    for w, g, a, b in zip(*map(row_blocks, (W, G)), *(row_blocks(x, like=W) for x in (A, B)), strict=True):
+    blocks = (row_blocks(W), row_blocks(G), row_blocks(A, like=W), row_blocks(B, like=W))
+    for w, g, a, b in zip(*blocks, strict=True):
         new = torch.addmm(w.float(), a, Q.t(), alpha=-1).addcmul_(b, g.float(), value=-1).mul_(decay)
         w.copy_(new if active is None else torch.where(active, new, w))
 

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from . import functional as F
-from .config import check_setting, unknown_name
+from .config import FiraConfig, check_setting, unknown_name
 from .subspace import find_basis
-
-if TYPE_CHECKING:
-    from .config import FiraConfig
 
 logger = logging.getLogger(__name__)
 
 # Settings of a projected group beside its rank, with their defaults.
 PROJECTED_DEFAULTS: dict[str, Any] = {
-    "alpha": 1.0,
-    "update_proj_gap": 200,
-    "gamma": 1.01,
-    "projection": "svd",
-    "scaling": "column",
-    "residual": "reference",
+    name: FiraConfig.__dataclass_fields__[name].default
+    for name in ("alpha", "update_proj_gap", "gamma", "projection", "scaling", "residual")
 }
 ADAM_SETTINGS = ("lr", "betas", "eps", "weight_decay")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,7 +43,7 @@ class FiraAdamW(torch.optim.Optimizer):
         basis          short x r       orthonormal columns
         exp_avg        long x r        first moment of G Q
         exp_avg_sq     long x r        second moment of G Q
-        residual_norm  0-dim           norm of the last residual, as limited; infinite: none yet
+        residual_norm  0-dim           norm of the last residual, as limited; infinite: none, or a negligible one
 
     A weight of a group without `rank` has `step`, `exp_avg` and `exp_avg_sq`, of its own shape, fp32.
 
@@ -132,13 +124,20 @@ class FiraAdamW(torch.optim.Optimizer):
             for p in parameters:
                 if p.grad.is_sparse:
                     raise RuntimeError("FiraAdamW does not take sparse gradients: use sparse=False in the embedding.")
-                if isinstance(p, DTensor):
-                    raise RuntimeError("FiraAdamW does not support sharded parameters (FSDP2, tensor parallel) yet.")
-            if "rank" in group:
-                for p in parameters:
-                    self._step_projected(p, group)
-            elif parameters:
-                self._step_dense(parameters, group)
+                if hasattr(p, "device_mesh") or ("rank" in group and p.ndim != 2):
+                    raise RuntimeError(
+                        "FiraAdamW cannot train sharded or flattened weights (FSDP, DeepSpeed, tensor parallel): use "
+                        "one device or DDP."
+                    )
+            if not parameters:
+                continue
+            # Under autocast the products would be taken in half precision.
+            with torch.autocast(parameters[0].device.type, enabled=False):
+                if "rank" in group:
+                    for p in parameters:
+                        self._step_projected(p, group)
+                else:
+                    self._step_dense(parameters, group)
         return loss
 
     def _step_projected(self, p: Tensor, group: dict[str, Any]) -> None:
@@ -291,6 +290,13 @@ class FiraAdamW(torch.optim.Optimizer):
         saved_groups = state_dict["param_groups"]
         named = all("param_names" in group for group in [*saved_groups, *self.param_groups])
         saved, own = _projected(saved_groups, named), _projected(self.param_groups, named)
+        if named and saved.keys() == own.keys():
+            for old, new in zip(saved_groups, self.param_groups, strict=False):
+                if len(old["params"]) == len(new["params"]) and old["param_names"] != new["param_names"]:
+                    raise ValueError(
+                        "The checkpoint has the same weights in another order or in other groups: build the optimizer "
+                        "as it was built for the checkpoint."
+                    )
         sides = (("The checkpoint", "this optimizer", saved, own), ("This optimizer", "the checkpoint", own, saved))
         for one, other, names, known in sides:
             extra = sorted(names.keys() - known.keys())
@@ -318,8 +324,8 @@ class FiraAdamW(torch.optim.Optimizer):
                     "resume with the model that it was made with."
                 )
         for old, new in zip(saved_groups, self.param_groups, strict=False):
-            for setting in ("betas", "eps", "weight_decay"):
-                if old[setting] != new[setting]:
+            for setting in ("initial_lr", "betas", "eps", "weight_decay"):
+                if setting in old and setting in new and old[setting] != new[setting]:
                     logger.warning("%s=%s of the checkpoint replaces %s.", setting, old[setting], new[setting])
 
     def _pairs(self, state_dict: dict[str, Any]) -> list[tuple[int, Tensor]]:

@@ -1,8 +1,9 @@
 """Model + `FiraConfig` -> which weights are projected, at which rank and alpha, and why the others are not.
 
 Matching is PEFT's: a list entry is a module's exact name or a dotted suffix of it, a string is a regular expression
-for the full name, "all-linear" is every linear layer but the output head. In a PEFT model a layer inside an adapter
-is also known by the name of the layer that it adapts: "q_proj" finds `q_proj.lora_A.default` and the B beside it.
+for the full name, "all-linear" is every linear layer but the output or classification head. In a PEFT model a layer
+inside an adapter is also known by the name of the layer that it adapts: "q_proj" finds `q_proj.lora_A.default` and the
+B beside it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from typing import Any
 
 from torch import nn
 
-from .config import FiraConfig
+from .config import ALL_LINEAR, FiraConfig
 
-ALL_LINEAR = "all-linear"
+FP32 = 4  # bytes
+SHARDED = "Fira cannot project sharded or flattened weights (FSDP, DeepSpeed, tensor parallel): use one device or DDP"
+# What DDP, torch.compile and PEFT put before every name.
+WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|base_model\.model\.)+")
 
 
 @dataclass
@@ -30,6 +34,12 @@ class Target:
     rank: int
     alpha: float
 
+    @property
+    def state_bytes(self) -> int:
+        """Basis, two moments, and the scalars `step` and `residual_norm`; all fp32."""
+        long, short = max(self.parameter.shape), min(self.parameter.shape)
+        return FP32 * (short * self.rank + 2 * long * self.rank + 2)
+
 
 @dataclass
 class Skipped:
@@ -39,6 +49,11 @@ class Skipped:
     parameter: nn.Parameter
     reason: str
 
+    @property
+    def state_bytes(self) -> int:
+        """Two moments and `step`; all fp32."""
+        return FP32 * (2 * self.parameter.numel() + 1)
+
 
 @dataclass
 class TargetPlan:
@@ -46,6 +61,16 @@ class TargetPlan:
 
     projected: list[Target]
     skipped: list[Skipped]
+
+    @property
+    def state_bytes(self) -> int:
+        """Optimizer state of `FiraAdamW` once every weight has had a gradient."""
+        return sum(w.state_bytes for w in self.projected) + sum(w.state_bytes for w in self.skipped)
+
+
+def adamw_state_bytes(parameter: nn.Parameter) -> int:
+    """State of one weight in `torch.optim.AdamW`: two moments in the weight's own dtype, and an fp32 `step`."""
+    return 2 * parameter.numel() * parameter.element_size() + FP32
 
 
 @dataclass
@@ -63,31 +88,40 @@ def linear_layers(model: nn.Module) -> list[Layer]:
     # transformers is looked up, not imported: the model can hold its layers only if it is loaded.
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     classes = (nn.Linear, pytorch_utils.Conv1D) if pytorch_utils else (nn.Linear,)
-    get_head: Any = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head else None
-    if head is None:  # a classifier: PEFT's names for its head
-        head = next((h for h in (getattr(model, name, None) for name in ("score", "classifier")) if h), None)
     modules = dict(model.named_modules())
-    head_name = next((name for name, module in modules.items() if head is not None and module is head), None)
-    adapted = [name for name, module in modules.items() if hasattr(module, "base_layer")]
+    heads = [name for name, module in modules.items() if any(module is head for head in _heads(modules))]
+    adapted = [name for name, module in modules.items() if _is_wrapper(module)]
     layers = []
     for name, module in modules.items():
         if isinstance(module, classes) and isinstance(module.weight, nn.Parameter):
-            is_head = head_name is not None and (name == head_name or name.startswith(f"{head_name}."))
+            is_head = any(name == head or name.startswith(f"{head}.") for head in heads)
             layers.append(Layer(name, tuple(_aliases(name, adapted)), module.weight, is_head))
     return layers
 
 
+def _heads(modules: dict[str, nn.Module]) -> Iterator[nn.Module]:
+    """Output heads of the language models, and classification heads (by PEFT's names), found inside any wrapper."""
+    for module in modules.values():
+        get_head: Any = getattr(module, "get_output_embeddings", None)
+        if get_head is None:
+            continue
+        candidates = [get_head(), *(getattr(module, name, None) for name in ("score", "classifier"))]
+        yield from (head for head in candidates if isinstance(head, nn.Module))
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """A layer that PEFT adapts, or keeps a trained copy of."""
+    return hasattr(module, "base_layer") or isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict)
+
+
 def _aliases(name: str, adapted: list[str]) -> Iterator[str]:
-    prefix = "base_model.model."  # what a PeftModel puts before every name
     yield name
-    if name.startswith(prefix):
-        yield name[len(prefix) :]
+    yield WRAPPERS.sub("", name)
     for owner in adapted:
         if name.startswith(f"{owner}."):
-            inner = name[len(owner) + 1 :].split(".")[0]  # lora_A, lora_B, base_layer
-            yield f"{owner}.{inner}".removeprefix(prefix)
-            yield owner.removeprefix(prefix)
+            inner = name[len(owner) + 1 :].split(".")[0]  # lora_A, lora_B, base_layer, modules_to_save
+            yield WRAPPERS.sub("", f"{owner}.{inner}")
+            yield WRAPPERS.sub("", owner)
 
 
 def matches(target: str | list[str], name: str) -> bool:
@@ -105,29 +139,31 @@ def _layer_index(layer: Layer, config: FiraConfig) -> int | None:
     """The first layer index in the name, behind `layers_pattern` if that is set."""
     patterns = config.layers_pattern or r"[^.]*"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", layer.name)
+        found = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<index>\d+)\.", layer.name)
         if found:
-            return int(found[1])
+            return int(found["index"])
     return None
 
 
 def unmatched(setting: str, entry: str | list[str], why: str, layers: list[Layer]) -> ValueError:
     """The error for an entry that chooses no weight, with the nearest names that would."""
-    entry = entry if isinstance(entry, str) else entry[0]
+    is_regex, entry = isinstance(entry, str), entry if isinstance(entry, str) else entry[0]
     names = {alias for layer in layers if layer.weight.requires_grad for alias in layer.aliases}
     # Short names first: what people list are the last parts, "q_proj" and the like.
     short = sorted({name.rsplit(".", 1)[-1] for name in names})
     near = difflib.get_close_matches(entry, short, n=3) or difflib.get_close_matches(entry, sorted(names), n=3)
     hint = f"the nearest are {', '.join(map(repr, near))}" if near else f"there are {', '.join(map(repr, short[:8]))}"
-    return ValueError(f"{setting}: {entry!r} {why}; of the trainable linear layers {hint}.")
+    if is_regex and entry in short:
+        hint = f"a string is a regular expression for the whole name: write [{entry!r}]"
+    return ValueError(f"{setting}: {entry!r} {why}; {hint}.")
 
 
 def _check_entries(config: FiraConfig, layers: list[Layer], model: nn.Module) -> None:
     """Raises for an entry of the config that chooses nothing."""
     names = [name for name, _ in model.named_modules() if name]
-    for probe in _probes(config.target_modules):
+    for probe in _probes(config.target_modules) if config.target_modules != ALL_LINEAR else []:
         found = [layer for layer in layers if _chosen(probe, layer)]
-        if config.target_modules == ALL_LINEAR or any(layer.weight.requires_grad for layer in found):
+        if any(layer.weight.requires_grad for layer in found):
             continue
         others = any(matches(probe, name) for name in names)
         why = "matches no linear layer" if others else "matches no module of the model"
@@ -138,10 +174,14 @@ def _check_entries(config: FiraConfig, layers: list[Layer], model: nn.Module) ->
     indices = config.layers_to_transform
     known = {index for layer in layers if (index := _layer_index(layer, config)) is not None}
     for index in [indices] if isinstance(indices, int) else indices or []:
+        if not known:
+            containers = sorted({match[1] for name in names if (match := re.search(r"([^.]+)\.\d+(?:\.|$)", name))})
+            raise ValueError(
+                f"layers_pattern={config.layers_pattern!r} matches no list of layers; the model has {containers}."
+            )
         if index not in known:
             raise ValueError(
-                f"layers_to_transform: there is no layer {index} with layers_pattern={config.layers_pattern!r}; "
-                f"there are {sorted(known)}."
+                f"layers_to_transform: there is no layer {index}; there are {min(known)} to {max(known)}."
             )
 
 
@@ -150,11 +190,12 @@ def _probes(target: str | list[str]) -> list[str] | list[list[str]]:
     return [target] if isinstance(target, str) else [[entry] for entry in target]
 
 
-def _from_pattern(pattern: dict[str, int] | dict[str, float], layer: Layer, default: float) -> float:
-    for key, value in pattern.items():
+def _pattern_key(pattern: dict[str, int] | dict[str, float], layer: Layer) -> str | None:
+    """The first key that matches the layer, by PEFT's rule for patterns."""
+    for key in pattern:
         if any(re.match(rf"(.*\.)?({key})$", alias) for alias in layer.aliases):
-            return value
-    return default
+            return key
+    return None
 
 
 def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
@@ -171,7 +212,8 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
 
     targets: dict[nn.Parameter, Target] = {}
     reasons: dict[nn.Parameter, str] = {}
-    used: set[str] = set()
+    chosen: list[Layer] = []
+    used: set[str | None] = set()
     for layer in layers:
         if not layer.weight.requires_grad:
             continue
@@ -179,9 +221,14 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
         if reason is not None:
             reasons.setdefault(layer.weight, reason)
             continue
-        rank = min(int(_from_pattern(config.rank_pattern, layer, config.rank)), *layer.weight.shape)
-        target = Target(layer.name, layer.weight, rank, _from_pattern(config.alpha_pattern, layer, config.alpha))
-        used.update(layer.aliases)
+        if layer.weight.ndim != 2:
+            raise ValueError(f"{layer.name} has a weight of shape {tuple(layer.weight.shape)}: {SHARDED}.")
+        rank_key, alpha_key = (_pattern_key(p, layer) for p in (config.rank_pattern, config.alpha_pattern))
+        rank = config.rank if rank_key is None else config.rank_pattern[rank_key]
+        alpha = config.alpha if alpha_key is None else config.alpha_pattern[alpha_key]
+        target = Target(layer.name, layer.weight, min(rank, *layer.weight.shape), alpha)
+        chosen.append(layer)
+        used |= {rank_key, alpha_key}
         tied = targets.setdefault(layer.weight, target)
         if (tied.rank, tied.alpha) != (target.rank, target.alpha):
             raise ValueError(
@@ -190,22 +237,26 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
             )
     for setting, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in pattern:
-            if not any(re.match(rf"(.*\.)?({key})$", name) for name in used):
-                raise unmatched(setting, key, "matches no projected layer", layers)
+            if chosen and key not in used:
+                raise unmatched(setting, key, "matches no projected layer that an earlier entry leaves to it", chosen)
     if not targets:
+        reasons_given = ", ".join(sorted(set(reasons.values())))
         raise ValueError(
-            f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r} and "
-            f"layers_to_transform={config.layers_to_transform!r} leaves no weight to project: widen one of them."
+            f"No weight is left to project (the linear layers are: {reasons_given}). Widen target_modules="
+            f"{config.target_modules!r}, or what restricts it."
         )
 
     plan = TargetPlan([], [])
     kinds = {p: module for module in model.modules() for p in module.parameters(recurse=False)}
+    embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in model.named_parameters():
         if parameter in targets:
             target = targets[parameter]
             plan.projected.append(Target(name, parameter, target.rank, target.alpha))
         elif parameter.requires_grad:
             reason = reasons.get(parameter) or _kind(parameter, kinds[parameter])
+            if parameter in reasons and parameter in embeddings:
+                reason = f"embedding, tied to the {reason}"
             plan.skipped.append(Skipped(name, parameter, reason))
     return plan
 
@@ -230,5 +281,5 @@ def _kind(parameter: nn.Parameter, module: nn.Module) -> str:
     if isinstance(module, nn.Embedding):
         return "embedding"
     if parameter.ndim < 2:
-        return "bias or norm"
+        return "vector: bias, norm"
     return f"not a linear layer ({type(module).__name__})"

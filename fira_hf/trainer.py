@@ -13,10 +13,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import OptimizerNames
 
-from .config import FiraConfig, unknown_name
+from .config import ALL_LINEAR, FiraConfig, unknown_name
 from .factory import build_optimizer
 from .optimizer import FiraAdamW
-from .targets import ALL_LINEAR, find_targets, linear_layers, unmatched
+from .targets import find_targets, linear_layers, unmatched
 
 NAME = "fira"
 OPTIM_ARGS = {
@@ -185,7 +185,7 @@ def _trainer_targets(model: nn.Module, targets: Any) -> str:
         found = [layer for layer in layers if check_target_module_exists(probe, layer.name)]
         if not any(layer.weight.requires_grad for layer in found):
             why = "matches only frozen weights" if found else "matches no linear layer"
-            raise unmatched("optim_target_modules", entry, why, layers)
+            raise unmatched("optim_target_modules", probe, why, layers)
     if isinstance(targets, str):
         return targets
     parts = [rf".*{re.escape(entry)}.*" for entry in targets]

@@ -14,3 +14,4 @@ train_dataset = build_tokens()
 eval_dataset = build_tokens(8, seed=2)
 dataloader = torch.utils.data.DataLoader(train_dataset, batch_size=2)
 transformers.AutoModelForCausalLM.from_pretrained = lambda name, **settings: build_llama()
+transformers.AutoTokenizer.from_pretrained = lambda name: lambda text: {"input_ids": [ord(c) % 64 for c in text]}

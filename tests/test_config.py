@@ -161,7 +161,7 @@ def test_one_changed_field_is_one_changed_line(tmp_path, name, value):
 
 def test_saving_keeps_the_order_in_which_patterns_are_tried(tmp_path, tiny_llama):
     """The first matching pattern wins, so the order is part of the meaning although the file's keys are sorted."""
-    config = FiraConfig(rank=16, rank_pattern={"q_proj": 2, "layers.0.self_attn.q_proj": 4, ".*_proj": 8})
+    config = FiraConfig(rank=16, rank_pattern={"layers.0.self_attn.q_proj": 4, "q_proj": 2, ".*_proj": 8})
     config.save_pretrained(tmp_path)
     loaded = FiraConfig.from_pretrained(tmp_path)
     model = tiny_llama()

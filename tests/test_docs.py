@@ -16,7 +16,7 @@ import pytest
 import tomllib
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("recipes/*/README.md"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*).*?\n(?P<body>.*?)^ *```\s*?$", re.MULTILINE | re.DOTALL)
@@ -207,3 +207,24 @@ def test_ci_runs_the_command_of_the_readme() -> None:
     commands = [words for block in BASH if block.page.name == "README.md" for words in read_commands(block)]
     assert command == "make test"
     assert command.split() in commands
+
+
+def test_the_readme_shows_the_summary_of_smollm2() -> None:
+    """The sample output of the README is what the shapes of SmolLM2-135M give."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from fira_hf import FiraConfig, get_fira_optimizer
+
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    assert get_fira_optimizer(model, FiraConfig()).summary in (ROOT / "README.md").read_text()

@@ -147,7 +147,6 @@ def test_names_match_at_a_dot_only():
 PATTERNS = [
     {"q_proj": 4},
     {"layers.0.self_attn.q_proj": 2, "q_proj": 4},
-    {"q_proj": 4, "layers.0.self_attn.q_proj": 2},
     {r"layers\.\d+\.mlp\..*": 6},
     {"(q|k)_proj": 3, ".*": 5},
     {r"^model\.layers\.1\..*": 7},
@@ -166,6 +165,12 @@ def test_rank_and_alpha_patterns_pick_the_key_that_peft_picks(pattern):
         key = get_pattern_key(pattern.keys(), names[id(entry.parameter)])
         assert entry.rank == pattern.get(key, 9)
         assert entry.alpha == pytest.approx(alphas.get(key, 0.9))
+
+
+def test_a_pattern_that_an_earlier_one_shadows_is_an_error():
+    """PEFT tries patterns in order and would never come to this one."""
+    with pytest.raises(ValueError, match="layers.0.self_attn.q_proj.*earlier entry"):
+        find_targets(build_llama(), FiraConfig(rank_pattern={"q_proj": 4, "layers.0.self_attn.q_proj": 2}))
 
 
 # --------------------------------------------------------------------------- the Trainer's rule
