@@ -1,0 +1,1 @@
+"""Where the library is used. The library never imports from here."""

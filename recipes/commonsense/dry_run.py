@@ -1,0 +1,49 @@
+"""What a run would do, from the model's configuration alone: no weights, no training."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import TrainingArguments
+
+from fira_hf import FiraConfig
+from fira_hf.factory import summarize
+from fira_hf.memory import MemoryEstimate, estimate_memory
+from fira_hf.targets import find_targets
+from fira_hf.trainer import config_from_args
+from recipes.commonsense.data import load_questions, load_training
+from recipes.commonsense.model import build_on_meta, wrap
+from recipes.commonsense.settings import RecipeArguments
+
+GIB = 1024**3
+FP32 = 4
+
+
+def dry_run(arguments: RecipeArguments, training: TrainingArguments) -> None:
+    """Print targets and predicted memory, then check the data. Raises ValueError or OSError where a run would fail."""
+    model = wrap(build_on_meta(arguments.model, arguments.dtype, arguments.model_config), arguments)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    print(f"{arguments.method} on {arguments.model}: trains {trainable:,} of {total:,} parameters")
+    memory = predict_memory(model, arguments, training)
+    for name in ("weights", "gradients", "optimizer_state", "total"):
+        print(f"  {name.replace('_', ' '):<16}{getattr(memory, name) / GIB:9.3f} GiB")
+    print("  activations come on top: they grow with the batch and the length of the examples")
+
+    train, validation = load_training(arguments)
+    print(f"Data: {len(train):,} training and {len(validation):,} validation examples")
+    for task, questions in load_questions(arguments).items():
+        print(f"  {task:<16}{len(questions):6,} questions")
+
+
+def predict_memory(model: nn.Module, arguments: RecipeArguments, training: TrainingArguments) -> MemoryEstimate:
+    if training.optim == "fira":
+        config = config_from_args(training, model)
+        print(summarize(model, find_targets(model, config)))
+        return estimate_memory(model, config)
+    if training.optim == "galore_adamw":
+        rank = dict(entry.split("=") for entry in training.optim_args.replace(" ", "").split(","))["rank"]
+        memory = estimate_memory(model, FiraConfig(rank=int(rank), target_modules=arguments.target_modules))
+        # The same basis and moments as Fira's, but in the dtype of the weights.
+        memory.optimizer_state = memory.optimizer_state * model.dtype.itemsize // FP32
+        return memory
+    return estimate_memory(model, None)

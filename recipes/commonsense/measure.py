@@ -1,0 +1,98 @@
+"""What a run records beside its losses: where it ran, and what it cost."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+import fira_hf
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
+
+
+def provenance(seed: int, command: list[str]) -> dict[str, Any]:
+    """Enough to run it again and to compare timings fairly. Holds no absolute path."""
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"fira_hf": fira_hf.__version__, "python": platform.python_version()},
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "cpu_threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "seed": seed,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": " ".join(os.path.relpath(word) if os.path.isabs(word) else word for word in command),
+    }
+
+
+def _cpu() -> str:
+    """The CPU's name where Linux tells it, else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout, "+" where it has changes; None outside a checkout or without git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changes.strip() else "")
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors in the optimizer's state, those inside GaLore's projector objects included."""
+    return _tensor_bytes(list(optimizer.state.values()))
+
+
+def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(map(_tensor_bytes, value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(_tensor_bytes, value))
+    return _tensor_bytes(vars(value)) if hasattr(value, "__dict__") else 0
+
+
+def peak_memory() -> dict[str, Any]:
+    """Peak bytes so far: allocated on the GPU, or else resident in this process."""
+    if torch.cuda.is_available():
+        return {"of": "gpu", "bytes": torch.cuda.max_memory_allocated()}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"of": "process", "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+
+class StepTime(TrainerCallback, ExportableState):
+    """Seconds spent in training steps: without evaluation, checkpoints and start-up; carried over a resume."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._start = 0.0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds += time.perf_counter() - self._start

@@ -1,0 +1,72 @@
+"""The two pictures of a report."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from recipes.commonsense.tasks import TASKS
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; a method has the same one in every picture.
+COLOURS = {
+    "lora": "#0072B2",
+    "fira-on-lora": "#E69F00",
+    "fira-full": "#D55E00",
+    "adamw-full": "#009E73",
+    "galore-full": "#CC79A7",
+}
+MARKERS = {"lora": "o", "fira-on-lora": "s", "fira-full": "D", "adamw-full": "^", "galore-full": "v"}
+
+
+def plot_losses(runs: list[dict[str, Any]], path: Path) -> None:
+    """Training loss and validation loss by optimizer step; one line a run, one colour a method."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
+    panels = zip(axes, ("loss", "eval_loss"), ("training loss", "validation loss (response only)"), strict=True)
+    for axis, key, title in panels:
+        for run in runs:
+            points = [(entry["step"], entry[key]) for entry in run["history"] if key in entry]
+            if not points:
+                continue
+            method = run["method"]
+            label = method if method not in axis.get_legend_handles_labels()[1] else None
+            axis.plot(
+                *zip(*points, strict=True), color=COLOURS[method], marker=MARKERS[method], markersize=3.5, label=label
+            )
+        axis.set(title=title, xlabel="optimizer step", ylabel="loss (nats a token)")
+        axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if axis.lines:
+            axis.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def plot_accuracy(runs: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy by task and on average (means over seeds), beside the share of the most frequent answer."""
+    tasks = [task for task in TASKS if all(task in run["accuracy"] for run in runs)]
+    methods = [method for method in COLOURS if any(run["method"] == method for run in runs)]
+    width = 0.8 / len(methods)
+    figure = Figure(figsize=(max(7.0, 1.35 * (len(tasks) + 1)), 4.4), layout="constrained")
+    axis = figure.subplots()
+    for index, method in enumerate(methods):
+        of_one = [run for run in runs if run["method"] == method]
+        heights = [100 * statistics.mean(run["accuracy"][task]["accuracy"] for run in of_one) for task in tasks]
+        heights.append(statistics.mean(heights))
+        places = [place + (index + 0.5) * width - 0.4 for place in range(len(heights))]
+        axis.bar(places, heights, width, color=COLOURS[method], label=method)
+    majority = [100 * runs[0]["accuracy"][task]["majority"] for task in tasks]
+    majority.append(statistics.mean(majority))
+    for place, height in enumerate(majority):
+        label = "most frequent answer" if place == 0 else None
+        axis.hlines(height, place - 0.45, place + 0.45, colors="black", linewidth=1.5, label=label)
+    axis.set_xticks(range(len(tasks) + 1), [*tasks, "average"], rotation=25, ha="right", rotation_mode="anchor")
+    axis.axvline(len(tasks) - 0.5, color="grey", linewidth=0.8, linestyle=":")
+    axis.set(ylabel="accuracy (%)", ylim=(0, 100))
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+    figure.legend(frameon=False, ncols=len(methods) + 1, loc="outside upper center")
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,65 @@
+"""The folder of one run: its settings, its checkpoints and its result. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from recipes.commonsense.settings import difference
+
+RESULT = "result.json"
+SETTINGS = "settings.json"
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, None if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file that is either complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; the Trainer writes trainer_state.json last."""
+    complete = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def is_finished(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether the folder holds the complete result of these settings.
+
+    Raises ValueError if it holds the result, or a checkpoint, of others.
+    """
+    finished = (read_json(folder / RESULT) or {}).get("status") == "ok"
+    earlier = read_json(folder / SETTINGS)
+    if earlier is None or not (finished or last_checkpoint(folder)):
+        return False
+    changed = difference(earlier, settings)
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run with other settings ({changed}); choose another output_dir or delete it."
+        )
+    return finished
+
+
+def write_failure(folder: Path, settings: dict[str, Any], error: str, **more: Any) -> None:
+    result = {"status": "failed", "error": without_paths(error), "method": settings["method"], "settings": settings}
+    write_json(folder / RESULT, result | more)
+
+
+def without_paths(text: str) -> str:
+    """The text with this checkout and home written as "." and "~": results are passed on."""
+    return text.replace(os.getcwd(), ".").replace(os.path.expanduser("~"), "~")
+
+
+def remove_checkpoints(folder: Path) -> None:
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)

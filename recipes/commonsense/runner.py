@@ -1,0 +1,80 @@
+"""One run as a process of its own, so that the others survive its failure. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from recipes.commonsense import rundir
+from recipes.commonsense.settings import EXPERIMENTS, METHODS, load_settings, read_overrides
+
+console = Console(soft_wrap=True)
+
+
+@dataclass
+class Run:
+    name: str
+    experiment: Path
+    words: list[str]  # what the command line changes in the experiment
+    settings: dict[str, Any]
+    folder: Path
+    finished: bool
+
+
+def find_experiments(preset: str, methods: list[str] | None) -> dict[str, Path]:
+    """The experiments of a preset (a folder's path, or its name under experiments/), in the order of METHODS."""
+    folder = Path(preset) if Path(preset).is_dir() else EXPERIMENTS / preset
+    found = {method: folder / f"{method}.yaml" for method in METHODS if (folder / f"{method}.yaml").is_file()}
+    if not found:
+        presets = ", ".join(sorted(path.name for path in EXPERIMENTS.iterdir()))
+        raise ValueError(
+            f"There is no preset {preset!r}; there are {presets}, or name a folder with <method>.yaml files."
+        )
+    for method in methods or []:
+        if method not in found:
+            raise ValueError(f"Preset {preset} has no method {method!r}; it has {', '.join(found)}.")
+    return {method: path for method, path in found.items() if methods is None or method in methods}
+
+
+def plan(name: str, experiment: Path, words: list[str], folder: Path) -> Run:
+    """One run, checked against what its folder holds: ValueError if that is of other settings."""
+    words = [*words, "--output_dir", str(folder)]
+    settings = load_settings(experiment, read_overrides(words))
+    return Run(name, experiment, words, settings, folder, rundir.is_finished(folder, settings))
+
+
+def execute(runs: list[Run]) -> list[Run]:
+    """Run what is not finished, one after the other; returns the failed ones. Each leaves a result.json."""
+    failed = []
+    for number, run in enumerate(runs, start=1):
+        console.rule(f"{number} of {len(runs)}: {run.name}")
+        if run.finished:
+            console.print(f"complete in {run.folder}")
+        elif not _execute(run):
+            failed.append(run)
+            console.print(f"[bold red]{run.name} failed[/]: {rundir.read_json(run.folder / rundir.RESULT)['error']}")
+    return failed
+
+
+def _execute(run: Run) -> bool:
+    result = run.folder / rundir.RESULT
+    result.unlink(missing_ok=True)  # that of an earlier, failed attempt
+    command = [sys.executable, "-m", "recipes.commonsense.train", str(run.experiment), *run.words]
+    code = subprocess.run(command, check=False).returncode
+    if not result.is_file():
+        rundir.write_failure(run.folder, run.settings, _explain(code))
+    return code == 0
+
+
+def _explain(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "killed by the system (signal 9), most likely for want of memory"
+    return (
+        f"ended by signal {-code}" if code < 0 else f"ended with exit status {code}; its error is in the output above"
+    )

@@ -1,0 +1,283 @@
+"""The commonsense recipe from end to end, on a tiny random LLaMA: train, resume, compare, search and report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from commonsense_tiny import WORDS, write_data, write_model, write_preset
+from recipes.commonsense import compare, measure, report, rundir, scoring, search, train
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    return write_preset(folder / "tiny", write_model(folder / "model"), write_data(folder / "data"))
+
+
+@pytest.fixture(autouse=True)
+def _subprocesses_find_the_recipe(monkeypatch):
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
+def run(preset: Path, method: str, folder: Path, *words: str) -> dict:
+    """Train in this process; the result."""
+    code = train.main([str(preset / f"{method}.yaml"), "--output_dir", str(folder), *words])
+    result = json.loads((folder / "result.json").read_text())
+    assert code == (result["status"] != "ok")
+    return result
+
+
+def losses(result: dict) -> list[tuple]:
+    return [(entry["step"], entry.get("loss"), entry.get("eval_loss")) for entry in result["history"]]
+
+
+@pytest.mark.parametrize("method", ["lora", "fira-on-lora", "fira-full", "adamw-full"])
+def test_every_method_trains_and_records_what_it_did(preset, method, tmp_path):
+    result = run(preset, method, tmp_path, "--eval_strategy", "steps", "--eval_steps", "7")
+    assert result["status"] == "ok"
+    assert result["steps"] == 14
+    assert list(result["accuracy"]) == list(WORDS)
+    assert result["accuracy"]["boolq"]["questions"] == 4
+    assert result["average"] == pytest.approx(sum(task["accuracy"] for task in result["accuracy"].values()) / 8)
+    assert result["train_loss"] < result["history"][0]["loss"]
+    assert 0 < result["eval_loss"] < 10
+    assert [entry["step"] for entry in result["history"] if "eval_loss" in entry] == [7, 14]
+    assert result["peak_memory"]["bytes"] > 1e8
+    assert result["tokens_per_second"] == pytest.approx(result["training_tokens"] / result["train_seconds"], rel=1e-3)
+    assert result["provenance"]["versions"].keys() >= {"torch", "transformers", "peft", "fira_hf"}
+    assert result["all_settings"]["learning_rate"] == 1e-3
+    assert ("fira_limiter_active" in result["history"][0]) == method.startswith("fira")
+    assert str(tmp_path) not in json.dumps(result).replace(os.path.relpath(tmp_path), "")
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+    model = AutoModelForCausalLM.from_pretrained(preset.parent / "model")
+    total = sum(p.numel() for p in model.parameters())
+    if method.endswith("full"):
+        assert result["trainable_parameters"] == total
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    else:
+        # A and B of rank 8 around q, v (32 x 32, 16 x 32), k (16 x 32), up (80 x 32), down (32 x 80), two layers.
+        assert result["trainable_parameters"] == 2 * 8 * (64 + 48 + 48 + 112 + 112)
+        PeftModel.from_pretrained(model, tmp_path / "model")
+    if not method.startswith("fira"):
+        matrices = result["trainable_parameters"]
+        assert result["optimizer_state_bytes"] == pytest.approx(2 * 4 * matrices, rel=1e-2)
+
+
+def test_fira_on_lora_projects_a_and_b_and_fira_full_the_weights(preset, tmp_path, capsys):
+    run(preset, "fira-on-lora", tmp_path / "a", "--max_steps", "1")
+    assert "Fira projects 20 matrices" in capsys.readouterr().out
+    run(preset, "fira-full", tmp_path / "b", "--max_steps", "1")
+    assert "Fira projects 10 matrices" in capsys.readouterr().out
+
+
+def test_state_bytes_counts_what_is_inside_objects():
+    weight = torch.nn.Parameter(torch.zeros(4, 3))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones(4, 3)
+    optimizer.step()
+    assert measure.state_bytes(optimizer) == 2 * 48 + 4
+
+    class Projector:  # as galore_torch keeps its basis
+        ortho_matrix = None
+
+    projector = Projector()
+    projector.ortho_matrix = [torch.zeros(3, 2), torch.zeros(1, dtype=torch.bfloat16)]
+    optimizer.state[weight]["projector"] = projector
+    assert measure.state_bytes(optimizer) == 2 * 48 + 4 + 24 + 2
+
+
+def test_a_run_killed_in_training_ends_as_if_it_had_not_been(preset, tmp_path, capsys):
+    method = "fira-on-lora"  # with dropout, so that the state of the random numbers matters
+    words = ["--num_train_epochs", "8", "--save_total_limit", "2"]
+    whole = run(preset, method, tmp_path / "whole", *words)
+    killed = tmp_path / "killed"
+    experiment = str(preset / f"{method}.yaml")
+    command = [sys.executable, "-m", "recipes.commonsense.train", experiment, "--output_dir", str(killed), *words]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not rundir.last_checkpoint(killed):
+        assert process.poll() is None, "it ended before it had a checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    checkpoint = rundir.last_checkpoint(killed)
+    assert not (killed / "result.json").exists()
+    assert int(checkpoint.name.rpartition("-")[2]) < whole["steps"]
+    (killed / "checkpoint-9999").mkdir()  # as a kill in the middle of saving leaves it
+
+    resumed = run(preset, method, killed, *words)
+    assert f"Continuing from {os.path.relpath(checkpoint)}" in capsys.readouterr().out
+    assert losses(resumed) == losses(whole)
+    assert resumed["accuracy"] == whole["accuracy"]
+    assert resumed["optimizer_state_bytes"] == whole["optimizer_state_bytes"]
+    assert resumed["training_tokens"] == whole["training_tokens"]
+
+
+def test_a_run_stopped_in_scoring_only_scores_again(preset, tmp_path, monkeypatch, capsys):
+    whole = run(preset, "fira-full", tmp_path / "whole")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "score", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(preset, "fira-full", tmp_path / "stopped")
+    resumed = run(preset, "fira-full", tmp_path / "stopped")
+    assert "checkpoint-14" in capsys.readouterr().out
+    assert resumed["accuracy"] == whole["accuracy"]
+    assert (resumed["train_loss"], resumed["eval_loss"]) == (whole["train_loss"], whole["eval_loss"])
+    assert resumed["tokens_per_second"] > 0
+
+
+def test_a_finished_run_is_not_repeated_and_other_settings_are_refused(preset, tmp_path, capsys):
+    run(preset, "lora", tmp_path, "--max_steps", "1")
+    before = (tmp_path / "result.json").read_bytes()
+    run(preset, "lora", tmp_path, "--max_steps", "1")
+    assert "is complete; delete it to run it again" in capsys.readouterr().out
+    words = [str(preset / "lora.yaml"), "--output_dir", str(tmp_path), "--max_steps", "1", "--learning_rate", "1e-4"]
+    assert train.main(words) == 2
+    assert "other settings (learning_rate was 0.001, now 0.0001); choose another output_dir" in capsys.readouterr().err
+    assert (tmp_path / "result.json").read_bytes() == before
+
+
+def test_a_failure_is_recorded_with_its_error(preset, tmp_path, capsys):
+    result = run(preset, "fira-full", tmp_path, "--optim_args", "rank=0")
+    assert result["status"] == "failed"
+    assert "rank=0" in result["error"]
+    assert result["settings"]["optim_args"] == "rank=0"
+    assert "Traceback" in (tmp_path / "error.txt").read_text()
+    assert "Traceback" not in capsys.readouterr().err
+    assert run(preset, "fira-full", tmp_path)["status"] == "ok"  # mended: nothing stands in the way
+
+
+def test_compare_survives_a_failure_reports_and_repeats_only_what_failed(preset, tmp_path, capfd):
+    words = [str(preset), "--output_dir", str(tmp_path), "--methods", "lora,fira-full,adamw-full", "max_steps=4"]
+    # A folder in the place of fira-full's settings file makes that run fail before it can record anything.
+    obstacle = tmp_path / "fira-full-seed42" / "settings.tmp"
+    obstacle.mkdir(parents=True)
+    assert compare.main(words) == 0
+    printed = capfd.readouterr().out
+    assert "fira-full-seed42 failed" in printed
+    assert "Failed: fira-full-seed42" in printed
+    text = (tmp_path / "report.md").read_text()
+    assert "**fira-full (seed 42) failed**: ended with exit status 1" in text
+    assert "| lora | 6,144 |" in text
+
+    obstacle.rmdir()
+    first = (tmp_path / "lora-seed42" / "result.json").stat().st_mtime_ns
+    assert compare.main(words) == 0
+    assert (tmp_path / "lora-seed42" / "result.json").stat().st_mtime_ns == first
+    merged = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert [(r["method"], r["status"]) for r in merged] == [(m, "ok") for m in ("lora", "fira-full", "adamw-full")]
+    for name in ("loss.png", "accuracy.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "report.md").read_text()
+    assert "failed" not in text
+    assert "## What Fira did" in text
+    majority = "| most frequent answer | 50.0 | 50.0 | 50.0 | 25.0 | 50.0 | 25.0 | 25.0 | 25.0 | 37.5 |"
+    assert majority in text
+    assert str(tmp_path) not in text
+
+    assert compare.main([*words, "learning_rate=1"]) == 2
+    assert "other settings (learning_rate was 0.001, now 1)" in capfd.readouterr().err
+
+
+def test_compare_fails_when_every_method_does(preset, tmp_path, capfd):
+    words = [str(preset), "--output_dir", str(tmp_path), "--methods", "lora", "--data_dir", str(tmp_path / "none")]
+    assert compare.main(words) == 1
+    assert "There is no data file" in (tmp_path / "report.md").read_text()
+    assert "There is no data file" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "There is no preset 'nowhere'; there are llama7b, smoke, smollm2"),
+        (["smoke", "--methods", "lora,adam"], "Preset smoke has no method 'adam'; it has lora, fira-on-lora"),
+        (["smoke", "--seed", "1"], "The seed is set by --seeds"),
+        (["smoke", "x"], "'x' is not a setting; write --key value or key=value"),
+    ],
+)
+def test_compare_refuses_bad_words_before_it_runs_anything(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("nothing may run"))
+    assert compare.main([*words, "--output_dir", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_killed_by_the_system_is_recorded(preset, tmp_path, monkeypatch, capfd):
+    killed = subprocess.CompletedProcess([], -signal.SIGKILL)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
+    assert compare.main([str(preset), "--output_dir", str(tmp_path), "--methods", "lora"]) == 1
+    assert "most likely for want of memory" in (tmp_path / "report.md").read_text()
+
+
+def test_search_takes_the_lowest_validation_loss(preset, tmp_path, capfd):
+    values = "learning_rate=1e-5,1e-2"
+    words = [
+        str(preset),
+        "--output_dir",
+        str(tmp_path),
+        "--methods",
+        "fira-full",
+        "--values",
+        values,
+        "--max_steps",
+        "6",
+    ]
+    assert search.main(words) == 0
+    found = json.loads((tmp_path / "search.json").read_text())
+    assert found["setting"] == "learning_rate"
+    assert "response's tokens" in found["minimised"]
+    of_method = found["methods"]["fira-full"]
+    assert of_method["losses"]["1e-2"] < of_method["losses"]["1e-5"]
+    assert (of_method["best"], of_method["at_the_edge"]) == ("1e-2", True)
+    result = json.loads((tmp_path / "fira-full-learning_rate-1e-2" / "result.json").read_text())
+    assert result["accuracy"] == {}
+    assert "at the edge" in capfd.readouterr().out.replace("\n", " ")
+
+
+def test_report_averages_seeds_and_comes_from_a_merged_file_too(preset, tmp_path, capsys):
+    for seed in ("0", "1"):
+        run(preset, "lora", tmp_path / f"lora-seed{seed}", "--seed", seed, "--max_steps", "4")
+    assert report.main([str(tmp_path)]) == 0
+    first = (tmp_path / "report.md").read_text()
+    assert "seeds 0, 1" in first
+    row = next(line for line in first.splitlines() if line.startswith("| lora |"))
+    merged = json.loads((tmp_path / "results.json").read_text())["runs"]
+    mean = sum(result["train_loss"] for result in merged) / 2
+    assert f"| {mean:.3f} ± " in row
+
+    copy = tmp_path / "copy" / "results.json"
+    rundir.write_json(copy, json.loads((tmp_path / "results.json").read_text()))
+    assert report.main([str(copy)]) == 0
+    assert (copy.parent / "report.md").read_text() == first
+    assert report.main([str(tmp_path / "nothing")]) == 2
+    assert "holds no results" in capsys.readouterr().err
+
+
+def test_unanswered_questions_are_reported_for_generation(preset, tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "extract_answer", lambda response, task: "")
+    words = ["--max_steps", "1", "--scoring", "generate", "--tasks", "boolq", "--val_set_size", "0"]
+    result = run(preset, "lora", tmp_path / "lora", *words)
+    assert result["accuracy"]["boolq"]["unanswered"] == 1
+    assert result["eval_loss"] is None
+    assert report.main([str(tmp_path)]) == 0
+    assert "| lora: no answer | 100.0 | 100.0 |" in (tmp_path / "report.md").read_text()

