@@ -91,7 +91,8 @@ def test_lists_and_mappings_reach_the_parser():
         ("a: [", [], "is not valid YAML"),
     ],
 )
-def test_bad_settings_are_errors_before_anything_is_loaded(experiment, capsys, text, words, message):
+def test_bad_settings_are_errors_before_anything_is_loaded(experiment, capsys, monkeypatch, text, words, message):
+    monkeypatch.setattr(train, "run", lambda *_: pytest.fail("it must not begin"))
     assert train.main([str(experiment(text)), *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
