@@ -28,9 +28,17 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; the Trainer writes trainer_state.json last."""
-    complete = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json")]
+    """The newest complete checkpoint: one whose trainer_state.json, which the Trainer writes last, can be read."""
+    complete = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json") if _is_json(state)]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        read_json(path)
+    except ValueError:
+        return False
+    return True
 
 
 def is_finished(folder: Path, settings: dict[str, Any]) -> bool:
