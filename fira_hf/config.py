@@ -72,9 +72,13 @@ RULES: dict[str, tuple[Check, str]] = {
     "alpha": (_is_alpha, "a number above 0"),
     "update_proj_gap": (_is_positive_int, "an integer of at least 1"),
     "gamma": (lambda v: v is None or (_is_real(v) and v >= 1), "a number of at least 1, or None for no limiter"),
-    "projection": _is_one_of("svd"),
+    "projection": _is_one_of("svd", "power", "random"),
+    "refresh": _is_one_of("together", "staggered"),
+    "moments": _is_one_of("kept", "rotated", "aligned"),
     "scaling": _is_one_of("column", "matrix", "none"),
     "residual": _is_one_of("reference", "paper"),
+    "state_dtype": _is_one_of("float32", "bfloat16"),
+    "stochastic_rounding": (lambda v: isinstance(v, bool), "True or False"),
     "target_modules": (_is_names, "'all-linear', a regular expression, or a non-empty list of module names"),
     "exclude_modules": (lambda v: v is None or _is_names(v), "a regular expression, or a non-empty list of names"),
     "layers_to_transform": (
@@ -126,11 +130,21 @@ class FiraConfig:
         layers_pattern: name of the list of layers that the indices count in, such as "layers" or "h".
         rank_pattern: module name or regular expression -> rank, where it differs from `rank`.
         alpha_pattern: the same for `alpha`.
-        projection: how a basis is found. "svd": the leading right singular vectors of the gradient, as published.
+        projection: how a basis is found. "svd": the leading right singular vectors of the gradient, as published;
+            "power": one step of block power iteration from the previous basis, about as good and far cheaper;
+            "random": a random subspace, whatever the gradient.
+        refresh: "together": every basis at each `update_proj_gap`-th update, as published; "staggered": spread over
+            the interval, so that no update takes much longer than another.
+        moments: what becomes of them when the basis changes. "kept": stay as they are, as published; "rotated":
+            carried into the new basis; "aligned": the new basis is turned to lie closest to the old one.
         scaling: the scale of the residual: one per row of the long side ("column", the paper's default), one per
             matrix ("matrix"), or 1 ("none").
         residual: "reference": alpha as in the published code, W -= eta (alpha N Q^T + phi (G - alpha R Q^T));
             "paper": as in the paper, W -= eta alpha (N Q^T + phi (G - R Q^T)). The same at alpha = 1.
+        state_dtype: of moments and basis, "float32" or "bfloat16". Moments in bf16 are rounded at random, without
+            which they could not follow betas near 1.
+        stochastic_rounding: whether updated bf16 weights are rounded at random to one of their two neighbours, the
+            nearer the likelier, so that small updates are not lost; no effect on fp32 weights, refused for fp16.
         lr, betas, eps, weight_decay: those of AdamW; decay is decoupled. eps defaults to the published 1e-6.
         dense_lr: learning rate of the trainable weights that are not projected; None: `lr`.
 
@@ -149,8 +163,12 @@ class FiraConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     projection: str = "svd"
+    refresh: str = "together"
+    moments: str = "kept"
     scaling: str = "column"
     residual: str = "reference"
+    state_dtype: str = "float32"
+    stochastic_rounding: bool = False
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .config import FiraConfig
-from .optimizer import PROJECTED_DEFAULTS, FiraAdamW
+from .optimizer import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraAdamW
 from .targets import TargetPlan, adamw_state_bytes, find_targets
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ def build_optimizer(model: nn.Module, config: FiraConfig, params: Iterable[Any])
     plan = find_targets(model, config)
     targets = {target.parameter: target for target in plan.projected}
     names = {p: name for name, p in model.named_parameters()}
-    shared = {name: getattr(config, name) for name in PROJECTED_DEFAULTS if name != "alpha"}
+    shared = {name: getattr(config, name) for name in SHARED_DEFAULTS}
+    of_projected = {name: getattr(config, name) for name in PROJECTED_DEFAULTS if name != "alpha"}
     projected, dense = [], []
     for group in groups:
         split = defaultdict(list)
@@ -69,9 +70,10 @@ def build_optimizer(model: nn.Module, config: FiraConfig, params: Iterable[Any])
         for key, params in split.items():
             if key is None:
                 own_lr = {} if config.dense_lr is None else {"lr": config.dense_lr}
-                dense.append({**group, "params": params, **own_lr})
+                dense.append({**group, "params": params, **shared, **own_lr})
             else:
-                projected.append({**group, "params": params, "rank": key[0], "alpha": key[1], **shared})
+                own = {"rank": key[0], "alpha": key[1], **of_projected}
+                projected.append({**group, "params": params, **shared, **own})
     optimizer = FiraAdamW(projected + dense, config.lr, config.betas, config.eps, config.weight_decay)
     optimizer.config = config
     optimizer.summary = summarize(model, plan)

@@ -1,15 +1,16 @@
-r"""One step of Fira on one matrix, as functions on tensors. Letters are those of the paper (arXiv 2410.01623).
+r"""One step of Fira on matrices of one shape, as functions on tensors. Letters: as in the paper (arXiv 2410.01623).
 
 Every matrix is seen with its long side first: rows = long, columns = short; a wide weight comes as its transposed
-view. With r = rank:
+view. Low-rank tensors of several matrices are stacked along a leading dimension B, so that what is small costs one
+operation for all of them. With r = rank:
 
-    G    gradient             long x short
-    Q    basis                short x r, orthonormal columns
-    R    low-rank gradient    long x r,     R = G Q
-    M, V moments of R         long x r
-    N    Adam direction       long x r,     N = M / (sqrt(V) + eps)
-    phi  scale                long x 1,     phi_i = ||N_i|| / (||R_i|| + 1e-8)
-    S    scaled residual      long x short, S = phi (G - k R Q^T)          never built
+    G    gradient                 long x short
+    Q    basis                    short x r, orthonormal columns
+    R    low-rank gradient    B x long x r,     R = G Q
+    M, V moments of R             long x r
+    N    Adam direction       B x long x r,     N = M / (sqrt(V) + eps)
+    phi  scale                B x long x 1,     phi_i = ||N_i|| / (||R_i|| + 1e-8)
+    S    scaled residual          long x short, S = phi (G - k R Q^T)          never built
 
 Since Q is orthonormal, ||S_i||^2 = phi_i^2 (||G_i||^2 - k (2 - k) ||R_i||^2): the limiter's factor c is known before
 any tensor of the weight's size exists, and the whole update is one product of rank r and one pass over G:
@@ -21,8 +22,13 @@ any tensor of the weight's size exists, and the whole update is one product of r
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 # The epsilon of phi and of the limiter in the published code (fira 1.0.2, fira_adamw.py).
 EPS = 1e-8
@@ -30,7 +36,8 @@ EPS = 1e-8
 # known to about 1e-7 of the gradient's). As a reference for growth it would switch the residual off for a thousand
 # steps, so it does not count as history.
 NEGLIGIBLE = 1e-3
-# Rows are taken in blocks of about this many elements where a step has to convert or mask the gradient.
+# Rows are taken in blocks of about this many elements, so that what is converted stays small and what is read twice
+# is still in the cache.
 BLOCK = 2**20
 
 
@@ -40,55 +47,74 @@ def tall(matrix: Tensor) -> Tensor:
 
 
 def row_norms(matrix: Tensor) -> Tensor:
-    """Norm of each row, fp32: (rows, columns) -> (rows, 1)."""
-    return torch.linalg.vector_norm(matrix, dim=1, keepdim=True, dtype=torch.float32)
+    """Norm of each row, fp32: (..., rows, columns) -> (..., rows, 1)."""
+    return torch.linalg.vector_norm(matrix, dim=-1, keepdim=True, dtype=torch.float32)
 
 
-def is_usable(norms: Tensor) -> Tensor:
-    """0-dim bool: the gradient with these row norms is finite (its square in fp32, too) and not zero."""
-    total = torch.linalg.vector_norm(norms)
+def total_norms(norms: Tensor) -> Tensor:
+    """Norm of each matrix from the norms of its rows: (..., rows, 1) -> (..., 1, 1)."""
+    return torch.linalg.vector_norm(norms, dim=-2, keepdim=True)
+
+
+def are_usable(norms: Tensor) -> Tensor:
+    """(B,) bool from row norms (B, long, 1): gradients that are finite (their square in fp32, too) and not zero."""
+    total = total_norms(norms).flatten()
     return torch.isfinite(total) & (total > 0)
 
 
-def project(G: Tensor, Q: Tensor) -> Tensor:
-    """R = G Q in fp32, (long, short) x (short, r) -> (long, r). A gradient of another dtype is converted in blocks."""
+def project(G: Tensor, Q: Tensor, out: Tensor) -> Tensor:
+    """out <- R = G Q in fp32, (long, short) x (short, r) -> (long, r). Other dtypes are converted in blocks."""
     if G.dtype == torch.float32:
-        return G @ Q
-    return torch.cat([block.float() @ Q for block in row_blocks(G)])
+        return torch.mm(G, Q, out=out)
+    for block, rows in zip(row_blocks(G), row_blocks(out, like=G), strict=True):
+        torch.mm(block.float(), Q, out=rows)
+    return out
 
 
 def direction(
-    R: Tensor, M: Tensor, V: Tensor, betas: tuple[float, float], eps: float, active: Tensor | None = None
+    R: Tensor,
+    M: Sequence[Tensor],
+    V: Sequence[Tensor],
+    betas: tuple[float, float],
+    eps: float,
+    active: Tensor | None = None,
 ) -> Tensor:
-    """Updates the moments M and V in place with R and returns N = M / (sqrt(V) + eps); all (long, r) fp32.
+    """Updates the moments M and V in place with R and returns N = M / (sqrt(V) + eps); R, N: (B, long, r) fp32.
 
     Bias correction is left to `step_size`, so N, and with it phi, is uncorrected, as in the published code.
-    `active`: 0-dim bool on the device; where it is False the moments stay as they are (R must then be zero).
+    `active`: (B,) bool on the device; where it is False the moments stay as they are, and N is 0.
     """
-    keep1, keep2 = betas if active is None else (torch.where(active, beta, 1.0) for beta in betas)
-    M.mul_(keep1).add_(R, alpha=1 - betas[0])
-    V.mul_(keep2).addcmul_(R, R, value=1 - betas[1])
-    N = V.sqrt().add_(eps)
-    return torch.div(M, N, out=N)
+    # torch's fused Adam, in one pass: at lr = -1 it adds M / (sqrt(V) + eps) to zeros, and b^inf = 0 leaves its bias
+    # correction out.
+    N = torch.zeros_like(R)
+    never = R.new_full((), torch.inf)
+    settings: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False, "lr": -1.0, "weight_decay": 0.0}
+    settings |= {"beta1": betas[0], "beta2": betas[1], "eps": eps}
+    if active is None:
+        adam(list(N), list(R), list(M), list(V), [], [never] * len(R), **settings)
+    else:
+        for n, r, m, v, stop in zip(N, R, M, V, (~active).float(), strict=True):
+            adam([n], [r], [m], [v], [], [never], found_inf=stop, **settings)
+    return N
 
 
 def residual_scale(N_norms: Tensor, R_norms: Tensor, scaling: str) -> Tensor:
-    """phi, (long, 1), from the row norms of N and R: one a row ("column"), one in all ("matrix"), or 1 ("none")."""
+    """phi, (B, long, 1), from the row norms of N and R: one a row ("column"), one a matrix, or 1 ("none")."""
     if scaling == "none":
         return torch.ones_like(R_norms)
     if scaling == "matrix":
-        N_norms, R_norms = (torch.linalg.vector_norm(norms).expand_as(norms) for norms in (N_norms, R_norms))
+        N_norms, R_norms = (total_norms(norms).expand_as(norms) for norms in (N_norms, R_norms))
     return N_norms / (R_norms + EPS)
 
 
 def residual_norm(phi: Tensor, G_norms: Tensor, R_norms: Tensor, k: float) -> Tensor:
-    """||S|| of S = phi (G - k R Q^T) in closed form, 0-dim; infinite where S is negligible beside phi G.
+    """||S|| of S = phi (G - k R Q^T) in closed form, (B, 1, 1); infinite where S is negligible beside phi G.
 
-    phi, G_norms, R_norms: (long, 1). The subtraction can come out below zero where nearly all of G lies in the
+    phi, G_norms, R_norms: (B, long, 1). The subtraction can come out below zero where nearly all of G lies in the
     subspace and k = 1; it is clamped.
     """
     left = (G_norms.square() - k * (2 - k) * R_norms.square()).clamp_(min=0).sqrt_()
-    norm, whole = torch.linalg.vector_norm(phi * left), torch.linalg.vector_norm(phi * G_norms)
+    norm, whole = total_norms(phi * left), total_norms(phi * G_norms)
     return torch.where(norm > NEGLIGIBLE * whole, norm, torch.inf)
 
 
@@ -103,29 +129,66 @@ def limit(norm: Tensor, previous: Tensor, gamma: float | None) -> tuple[Tensor, 
     return c, c * norm
 
 
-def step_size(lr: float, betas: tuple[float, float], t: float | Tensor) -> float | Tensor:
-    """eta = lr sqrt(1 - b2^t) / (1 - b1^t) at update t = 1, 2, ...; of t's kind (number or 0-dim tensor)."""
-    return lr * (1 - betas[1] ** t) ** 0.5 / (1 - betas[0] ** t)
+def bias_correction(beta: float, t: Tensor) -> Tensor:
+    """1 - beta^t, accurate in fp32 for any t."""
+    return -torch.expm1(t * math.log(beta)) if beta else torch.ones_like(t)
+
+
+def step_size(lr: float, betas: tuple[float, float], t: Tensor) -> Tensor:
+    """eta = lr sqrt(1 - b2^t) / (1 - b1^t) at update t = 1, 2, ..., of t's shape."""
+    return lr * bias_correction(betas[1], t).sqrt() / bias_correction(betas[0], t)
 
 
 def apply_update(
-    W: Tensor, G: Tensor, A: Tensor, Q: Tensor, B: Tensor, decay: float, active: Tensor | None = None
+    W: Tensor,
+    G: Tensor,
+    A: Tensor,
+    Q: Tensor,
+    B: Tensor,
+    decay: float,
+    active: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> None:
-    """W <- decay (W - A Q^T - B G) in place, rounded once to W's dtype.
+    """W <- decay (W - A Q^T - B G) in place, rounded once to W's dtype; at random where a generator is given.
 
     W, G: (long, short), any float dtype; A: (long, r), Q: (short, r), B: (long, 1), fp32.
     `active`: 0-dim bool on the device; where it is False nothing is written, whatever is in G.
     """
-    if W.dtype == torch.float32 and G.dtype == torch.float32 and active is None:
-        W.addmm_(A, Q.t(), beta=decay, alpha=-decay).addcmul_(B, G, value=-decay)
-        return
+    exact = W.dtype == torch.float32 and G.dtype == torch.float32 and active is None
     blocks = (row_blocks(W), row_blocks(G), row_blocks(A, like=W), row_blocks(B, like=W))
     for w, g, a, b in zip(*blocks, strict=True):
+        if exact:
+            w.addmm_(a, Q.t(), beta=decay, alpha=-decay).addcmul_(b, g, value=-decay)
+            continue
         new = torch.addmm(w.float(), a, Q.t(), alpha=-1).addcmul_(b, g.float(), value=-1).mul_(decay)
-        w.copy_(new if active is None else torch.where(active, new, w))
+        store(w, new if active is None else torch.where(active, new, w), generator)
+
+
+def store(target: Tensor, value: Tensor, generator: torch.Generator | None = None) -> None:
+    """target <- value (fp32, which may be changed). With a generator, a bf16 target gets one of the two neighbours at
+    random, the nearer the likelier, so that the mean is the value itself."""
+    if target is value:
+        return
+    if generator is not None and target.dtype == torch.bfloat16:
+        # A bf16 is the upper half of an fp32: what a random number carries over from the lower half rounds up.
+        noise = torch.randint(0, 2**16, value.shape, dtype=torch.int32, device=value.device, generator=generator)
+        value.view(torch.int32).add_(noise).bitwise_and_(-(2**16))
+    target.copy_(value)
 
 
 def row_blocks(tensor: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
     """Views of consecutive rows: about `BLOCK` elements each, or as many rows as in the blocks of `like`."""
     shape = (tensor if like is None else like).shape
     return tensor.split(max(1, BLOCK // max(1, shape[1:].numel())))
+
+
+def rotate_moments(M: Tensor, V: Tensor, C: Tensor, ratio: Tensor) -> None:
+    """Carries the moments, (long, r) in place, into a new basis; C = Q_old^T Q_new, (r, r).
+
+    The mean turns with the basis; the variance, whose covariances are not known, is carried over by the squares of C
+    (LDAdam, arXiv 2410.16103): M <- M C,  V <- max(V - m M^2, 0) C^2 + m (M C)^2, with `ratio` m = (1 - b2^t) /
+    (1 - b1^t)^2, which accounts for the bias correction.
+    """
+    variance = V.sub_(M.square().mul_(ratio)).clamp_(min=0) @ C.square()
+    M.copy_(M @ C)
+    V.copy_(variance.add_(M.square().mul_(ratio)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,17 +13,26 @@ from torch.optim.adamw import adamw
 
 from . import functional as F
 from .config import FiraConfig, check_setting, unknown_name
-from .subspace import find_basis
+from .subspace import find_bases, nearest_rotation
 
 logger = logging.getLogger(__name__)
 
-# Settings of a projected group beside its rank, with their defaults.
-PROJECTED_DEFAULTS: dict[str, Any] = {
-    name: FiraConfig.__dataclass_fields__[name].default
-    for name in ("alpha", "update_proj_gap", "gamma", "projection", "scaling", "residual")
-}
+
+def _defaults(*names: str) -> dict[str, Any]:
+    return {name: FiraConfig.__dataclass_fields__[name].default for name in names}
+
+
+# Settings of every group, and those of a projected one beside its rank, with their defaults.
+SHARED_DEFAULTS = _defaults("state_dtype", "stochastic_rounding")
+PROJECTED_DEFAULTS = _defaults(
+    "alpha", "update_proj_gap", "gamma", "projection", "refresh", "moments", "scaling", "residual"
+)
 ADAM_SETTINGS = ("lr", "betas", "eps", "weight_decay")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# Matrices of one shape are taken together up to this many elements of their low-rank gradients.
+BATCH = 2**20
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STATISTICS = ("limiter_active", "captured_energy", "residual_share")
 
 
@@ -30,22 +40,26 @@ class FiraAdamW(torch.optim.Optimizer):
     """AdamW in which the weights of some groups are trained by Fira (arXiv 2410.01623): moments in a low-rank subspace
     of the gradient, and the rest of the gradient, scaled and limited in growth, applied beside them.
 
-    A group with the key `rank` is projected; its parameters are matrices, and it may set `alpha` (1.0),
-    `update_proj_gap` (200), `gamma` (1.01, or None), `projection` ("svd"), `scaling` ("column", "matrix", "none") and
-    `residual` ("reference", "paper"); see `FiraConfig` for what they mean. A group without `rank` is AdamW by torch's
-    formulas. With the defaults and fp32 weights, projected groups follow `fira==1.0.2` step for step.
+    A group with the key `rank` is projected; its parameters are matrices, and it may set `alpha`, `update_proj_gap`,
+    `gamma`, `projection`, `refresh`, `moments`, `scaling` and `residual`, which mean and default to what they do in
+    `FiraConfig`. A group without `rank` is AdamW by torch's formulas. Every group may set `state_dtype` and
+    `stochastic_rounding`. With `projection="svd"`, `refresh="together"`, `moments="kept"` and fp32 weights, projected
+    groups follow `fira==1.0.2` step for step.
 
     State, created at a weight's first gradient that is finite and not zero (long >= short: sides of the weight;
-    r = min(rank, short); fp32 whatever the weight's dtype, and kept so by `load_state_dict`):
+    r = min(rank, short); moments and basis of `state_dtype`, whatever the weight's dtype, the scalars fp32; all kept
+    so by `load_state_dict`):
 
         step           0-dim           updates made (fp32, on the weight's device)
+        phase          int             the basis is due at updates `phase`, `phase` + `update_proj_gap`, ...
         refresh_in     int             calls of `step()` that can pass before the basis may be due
+        seed           int             of what is drawn at random next
         basis          short x r       orthonormal columns
         exp_avg        long x r        first moment of G Q
         exp_avg_sq     long x r        second moment of G Q
         residual_norm  0-dim           norm of the last residual, as limited; infinite: none, or a negligible one
 
-    A weight of a group without `rank` has `step`, `exp_avg` and `exp_avg_sq`, of its own shape, fp32.
+    A weight of a group without `rank` has `step`, `seed`, and `exp_avg` and `exp_avg_sq` of its own shape.
 
     A gradient that is zero, or not finite (or so large that its square is not, in fp32), changes nothing of a
     projected weight and its state. A group without `rank` is passed over for a step in which one of its gradients is
@@ -89,15 +103,16 @@ class FiraAdamW(torch.optim.Optimizer):
             raise
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        own = {"params", "param_names", "initial_lr", *ADAM_SETTINGS}
-        valid = [*ADAM_SETTINGS, "rank", *PROJECTED_DEFAULTS]
+        general = [*ADAM_SETTINGS, *SHARED_DEFAULTS]
+        own = {"params", "param_names", "initial_lr", *general}
+        valid = [*general, "rank", *PROJECTED_DEFAULTS]
         for name in group.keys() - own:
             if name not in valid:
                 raise ValueError(f"Parameter group: {unknown_name('setting', name, valid)}")
             if "rank" not in group:
                 raise ValueError(f"Parameter group: {name}={group[name]!r} has no effect in a group without 'rank'.")
-        for name in valid if "rank" in group else ADAM_SETTINGS:
-            check_setting(name, group.setdefault(name, PROJECTED_DEFAULTS.get(name)))
+        for name in valid if "rank" in group else general:
+            check_setting(name, group.setdefault(name, {**SHARED_DEFAULTS, **PROJECTED_DEFAULTS}.get(name)))
         group["betas"] = tuple(group["betas"])
         for index, parameter in enumerate(group["params"]):
             name = group["param_names"][index] if "param_names" in group else f"parameter {index}"
@@ -105,6 +120,11 @@ class FiraAdamW(torch.optim.Optimizer):
                 raise ValueError(
                     f"Parameter group: {name} is of dtype {parameter.dtype}, but FiraAdamW trains only "
                     f"{', '.join(map(str, DTYPES))}: convert the model."
+                )
+            if group["stochastic_rounding"] and parameter.dtype == torch.float16:
+                raise ValueError(
+                    f"Parameter group: stochastic_rounding=True is for bf16 weights, but {name} is of fp16: convert "
+                    "the model to bf16, or leave it out."
                 )
             if "rank" in group and parameter.ndim != 2:
                 raise ValueError(
@@ -119,6 +139,7 @@ class FiraAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        places: dict[Any, dict[str, int]] | None = None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             for p in parameters:
@@ -129,44 +150,75 @@ class FiraAdamW(torch.optim.Optimizer):
                         "FiraAdamW cannot train sharded or flattened weights (FSDP, DeepSpeed, tensor parallel): use "
                         "one device or DDP."
                     )
+            if places is None and any(not self.state.get(p) for p in parameters):
+                places = self._places()
             if not parameters:
                 continue
             # Under autocast the products would be taken in half precision.
             with torch.autocast(parameters[0].device.type, enabled=False):
                 if "rank" in group:
-                    for p in parameters:
-                        self._step_projected(p, group)
+                    for batch in _batches(parameters, group["rank"]):
+                        self._step_projected(batch, group, places or {})
                 else:
-                    self._step_dense(parameters, group)
+                    self._step_dense(parameters, group, places or {})
         return loss
 
-    def _step_projected(self, p: Tensor, group: dict[str, Any]) -> None:
-        grad = p.grad
-        assert grad is not None
-        state, W, G = self.state.get(p, {}), F.tall(p), F.tall(grad)
-        G_norms = F.row_norms(G)
-        active: Tensor | None = F.is_usable(G_norms)
-        # On the CPU a look at the gradient costs nothing. Elsewhere the host looks only where a basis may be due;
-        # in an ordinary step the device decides by itself.
-        refreshable = state.get("refresh_in", 0) == 0
-        if refreshable or p.device.type == "cpu":
-            if not active:
-                return
-            active = None
-        if refreshable:
-            self._refresh(state, grad, group)
-            if not state:
-                return
-            self.state[p] = state
-        state["refresh_in"] -= 1
-        state["step"].add_(1.0 if active is None else active)
-        t = state["step"].item() if p.device.type == "cpu" else state["step"]
-        eta = F.step_size(group["lr"], group["betas"], t)
+    def _places(self) -> dict[Any, dict[str, int]]:
+        """The plain numbers that each parameter's state begins with, from its place among all parameters.
 
-        R = F.project(G, state["basis"])
+        seed: for what is drawn at random. phase: the update, counted from 0, before which the basis is first
+        refreshed, and then every `update_proj_gap`; staggered, so that each update has its share of the work.
+        """
+        places: dict[Any, dict[str, int]] = {}
+        staggered = [group for group in self.param_groups if group.get("refresh") == "staggered"]
+        total = sum(p.numel() * group["rank"] for group in staggered for p in group["params"])
+        before = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                places[p] = {"seed": len(places)}
+                if group.get("refresh") == "staggered":
+                    places[p]["phase"] = 1 + group["update_proj_gap"] * before // total
+                    before += p.numel() * group["rank"]
+                elif "rank" in group:
+                    places[p]["phase"] = 0
+        return places
+
+    def _step_projected(self, parameters: list[Any], group: dict[str, Any], places: dict[Any, dict[str, int]]) -> None:
+        """One step of matrices of one shape and dtype; what is low-rank is stacked along a first dimension."""
+        grads = [F.tall(p.grad) for p in parameters]
+        G_norms = torch.stack([F.row_norms(G) for G in grads])
+        active: Tensor | None = F.are_usable(G_norms)
+        assert active is not None
+        # On the CPU a look at the gradients costs nothing. Elsewhere the host looks only where a basis may be due;
+        # in an ordinary step the device decides by itself.
+        refreshable = [self.state.get(p, {}).get("refresh_in", 0) == 0 for p in parameters]
+        if any(refreshable) or parameters[0].device.type == "cpu":
+            usable = active.tolist()
+            self._refresh(
+                [p for p, may, ok in zip(parameters, refreshable, usable, strict=True) if may and ok], group, places
+            )
+            keep = [i for i, p in enumerate(parameters) if usable[i] and self.state.get(p)]
+            if not keep:
+                return
+            if len(keep) < len(parameters):
+                parameters, grads, G_norms = [parameters[i] for i in keep], [grads[i] for i in keep], G_norms[keep]
+            active = None
+        states = [self.state[p] for p in parameters]
+        for state in states:
+            state["refresh_in"] -= 1
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1.0 if active is None else list(active.float()))
+        eta = F.step_size(group["lr"], group["betas"], torch.stack(steps).view(-1, 1, 1))
+
+        bases = [state["basis"].float() for state in states]
+        R = G_norms.new_empty(len(grads), len(grads[0]), bases[0].shape[1])
+        for G, Q, out in zip(grads, bases, R, strict=True):
+            F.project(G, Q, out)
         if active is not None:
-            R, G_norms, eta = (torch.where(active, x, 0.0) for x in (R, G_norms, eta))
-        N = F.direction(R, state["exp_avg"], state["exp_avg_sq"], group["betas"], group["eps"], active)
+            mask = active.view(-1, 1, 1)
+            R, G_norms, eta = (torch.where(mask, x, 0.0) for x in (R, G_norms, eta))
+        M, V = ([state[name].float() for state in states] for name in MOMENTS)
+        N = F.direction(R, M, V, group["betas"], group["eps"], active)
         R_norms, N_norms = F.row_norms(R), F.row_norms(N)
 
         # (s, k) of `functional`: how alpha enters the residual.
@@ -174,31 +226,72 @@ class FiraAdamW(torch.optim.Optimizer):
         s, k = (1.0, alpha) if group["residual"] == "reference" else (alpha, 1.0)
         phi = F.residual_scale(N_norms, R_norms, group["scaling"])
         norm = F.residual_norm(phi, G_norms, R_norms, k)
-        c, limited_norm = F.limit(norm, state["residual_norm"], group["gamma"])
+        histories = [state["residual_norm"] for state in states]
+        previous = torch.stack(histories).view(-1, 1, 1)
+        c, limited_norm = F.limit(norm, previous, group["gamma"])
         if active is not None:
-            limited_norm = torch.where(active, limited_norm, state["residual_norm"])
-        state["residual_norm"].copy_(limited_norm)
+            limited_norm = torch.where(mask, limited_norm, previous)
+        torch._foreach_copy_(histories, list(limited_norm.flatten()))
 
         B = phi * (s * c * eta)
         A = N.mul_(alpha * eta).addcmul_(B, R, value=-k)
-        F.apply_update(W, G, A, state["basis"], B, 1 - group["lr"] * group["weight_decay"], active)
+        decay = 1 - group["lr"] * group["weight_decay"]
+        for i, (p, G, state) in enumerate(zip(parameters, grads, states, strict=True)):
+            on = None if active is None else active[i]
+            generator = _generator(p, state, group)
+            F.store(state["exp_avg"], M[i], generator)
+            F.store(state["exp_avg_sq"], V[i], generator)
+            at_random = generator if group["stochastic_rounding"] else None
+            F.apply_update(F.tall(p), G, A[i], bases[i], B[i], decay, on, at_random)
         if self.track_statistics:
             self._add_statistics(G_norms, R_norms, alpha * N_norms, s * c * norm, c, active)
 
-    def _refresh(self, state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> None:
-        """Finds a basis where it is due, and creates the state with the first one. Reads `step` on the host."""
+    def _refresh(self, parameters: list[Any], group: dict[str, Any], places: dict[Any, dict[str, int]]) -> None:
+        """Finds the bases that are due, and creates the state with the first one. Reads `step` on the host."""
         gap = group["update_proj_gap"]
-        done = int(state["step"].item()) % gap if state else 0
-        Q = find_basis(grad, group["rank"], group["projection"]) if done == 0 else None
-        if Q is not None:
-            state["basis"] = Q
+        due: dict[str, list[tuple[Any, dict[str, Any], int]]] = defaultdict(list)
+        for p in parameters:
+            state: dict[str, Any] = self.state.get(p) or {**places[p]}
+            done = int(state["step"].item()) if "step" in state else 0
+            wait = (state["phase"] - done) % gap or gap
             if "step" not in state:
-                moments = {name: Q.new_zeros(max(grad.shape), Q.shape[1]) for name in ("exp_avg", "exp_avg_sq")}
-                state.update(moments, step=Q.new_zeros(()), residual_norm=Q.new_full((), torch.inf))
-        if state:
-            state["refresh_in"] = gap - done
+                # All need their first basis at once: where refreshes are staggered, it has to be a cheap one.
+                due["sketch" if group["refresh"] == "staggered" else group["projection"]].append((p, state, wait))
+            elif wait == gap:
+                due[group["projection"]].append((p, state, wait))
+            else:
+                state["refresh_in"] = wait
+        for method, chosen in due.items():
+            grads = [p.grad for p, _, _ in chosen]
+            previous = [state["basis"].float() if "basis" in state else None for _, state, _ in chosen]
+            seeds = [_next_seed(state) for _, state, _ in chosen]
+            bases = find_bases(grads, group["rank"], method, previous, seeds)
+            for (p, state, wait), Q_old, Q in zip(chosen, previous, bases, strict=True):
+                if Q is not None and Q_old is None:
+                    dtype = STATE_DTYPES[group["state_dtype"]]
+                    moments = {name: Q.new_zeros(max(p.shape), Q.shape[1], dtype=dtype) for name in MOMENTS}
+                    state.update(moments, step=Q.new_zeros(()), residual_norm=Q.new_full((), torch.inf))
+                    state["basis"] = Q.to(dtype)
+                    self.state[p] = state
+                elif Q is not None and Q_old is not None:
+                    self._change_basis(p, state, Q_old, Q, group)
+                if "step" in state:
+                    state["refresh_in"] = wait
 
-    def _step_dense(self, parameters: list[Any], group: dict[str, Any]) -> None:
+    def _change_basis(self, p: Any, state: dict[str, Any], Q_old: Tensor, Q: Tensor, group: dict[str, Any]) -> None:
+        C = Q_old.t() @ Q
+        if group["moments"] == "aligned":
+            Q = Q @ nearest_rotation(C.t())
+        elif group["moments"] == "rotated":
+            b1, b2 = (F.bias_correction(beta, state["step"]) for beta in group["betas"])
+            M, V = (state[name].float() for name in MOMENTS)
+            F.rotate_moments(M, V, C, b2 / b1.square())
+            generator = _generator(p, state, group)
+            F.store(state["exp_avg"], M, generator)
+            F.store(state["exp_avg_sq"], V, generator)
+        state["basis"].copy_(Q)
+
+    def _step_dense(self, parameters: list[Any], group: dict[str, Any], places: dict[Any, dict[str, int]]) -> None:
         """torch's fused AdamW, which leaves everything as it is on the device where `found_inf` is 1."""
         norms = torch._foreach_norm([p.grad for p in parameters], 2.0, torch.float32)
         device = parameters[0].device
@@ -216,44 +309,49 @@ class FiraAdamW(torch.optim.Optimizer):
         }
         states = []
         for p in parameters:
-            if p not in self.state:
-                moments = {name: torch.zeros_like(p, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
-                self.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+            if not self.state.get(p):
+                dtype = STATE_DTYPES[group["state_dtype"]]
+                moments = {name: torch.zeros_like(p, dtype=dtype) for name in MOMENTS}
+                self.state[p] = {"step": torch.zeros((), device=p.device), **moments, **places[p]}
             states.append(self.state[p])
 
         # The kernel wants one dtype and one memory layout. A weight that differs from its gradient or moments in
         # either is updated in blocks of its rows, in fp32, and rounded once.
         plain: list[tuple[Tensor, ...]] = []
-        others: list[tuple[Tensor, ...]] = []
+        others: list[tuple[Any, dict[str, Any]]] = []
         for p, state in zip(parameters, states, strict=True):
             tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
-            alike = all(x.dtype == torch.float32 and x.stride() == p.stride() for x in tensors)
-            (plain if alike else others).append((*tensors, state["step"]))
+            if all(x.dtype == torch.float32 and x.stride() == p.stride() for x in tensors):
+                plain.append((*tensors, state["step"]))
+            else:
+                others.append((p, state))
         if plain:
             weights, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*plain, strict=True))
             adamw(weights, grads, exp_avgs, exp_avg_sqs, [], steps, **settings)
-        for *parts, step in others:
+        for p, state in others:
+            generator = _generator(p, state, group)
+            at_random = generator if group["stochastic_rounding"] else None
+            parts = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
             for w, g, m, v in zip(*(F.row_blocks(torch.atleast_1d(x)) for x in parts), strict=True):
                 new_w, new_g, new_m, new_v = (
                     x.to(torch.float32, memory_format=torch.contiguous_format, copy=True) for x in (w, g, m, v)
                 )
-                count = step.clone()
+                count = state["step"].clone()
                 adamw([new_w], [new_g], [new_m], [new_v], [], [count], **settings)
-                w.copy_(new_w)
-                m.copy_(new_m)
-                v.copy_(new_v)
-            step.copy_(count)
+                F.store(w, new_w, at_random)
+                F.store(m, new_m, generator)
+                F.store(v, new_v, generator)
+            state["step"].copy_(count)
 
     def _add_statistics(
         self, G_norms: Tensor, R_norms: Tensor, low_norms: Tensor, residual: Tensor, c: Tensor, active: Tensor | None
     ) -> None:
-        energy = R_norms.square().sum() / G_norms.square().sum()
+        energy = F.total_norms(R_norms).square() / F.total_norms(G_norms).square()
         # An infinite residual norm stands for a negligible one.
         residual_sq = torch.where(torch.isfinite(residual), residual, 0.0).square()
-        share = residual_sq / (residual_sq + low_norms.square().sum())
-        row = torch.stack([torch.ones_like(c), (c < 1).float(), energy, share])
-        if active is not None:
-            row = torch.where(active, row, 0.0)
+        share = residual_sq / (residual_sq + F.total_norms(low_norms).square())
+        columns = torch.cat([torch.ones_like(c), (c < 1).float(), energy, share], dim=1).flatten(1)
+        row = (columns if active is None else torch.where(active[:, None], columns, 0.0)).sum(0)
         total = self._sums.get(row.device)
         self._sums[row.device] = row if total is None else total.add_(row)
 
@@ -333,6 +431,30 @@ class FiraAdamW(torch.optim.Optimizer):
         saved = (index for group in state_dict["param_groups"] for index in group["params"])
         own = (p for group in self.param_groups for p in group["params"])
         return list(zip(saved, own, strict=False))
+
+
+def _batches(parameters: list[Any], rank: int) -> Iterator[list[Any]]:
+    """Parameters of one shape (as tall matrices), dtype and device, at most `BATCH` low-rank elements together."""
+    alike: dict[Any, list[Any]] = defaultdict(list)
+    for p in parameters:
+        alike[max(p.shape), min(p.shape), p.dtype, p.grad.dtype, p.device].append(p)
+    for (long, short, *_), members in alike.items():
+        size = max(1, BATCH // (long * min(rank, short)))
+        for i in range(0, len(members), size):
+            yield members[i : i + size]
+
+
+def _next_seed(state: dict[str, Any]) -> int:
+    """A seed for one draw; advances the state's (Knuth's MMIX generator), so that a resumed run draws the same."""
+    state["seed"] = (state["seed"] * 6364136223846793005 + 1442695040888963407) % 2**63
+    return int(state["seed"])
+
+
+def _generator(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> torch.Generator | None:
+    """The generator of this step's roundings, if something of the parameter is rounded at random."""
+    if group["state_dtype"] != "float32" or (group["stochastic_rounding"] and p.dtype == torch.bfloat16):
+        return torch.Generator(p.device).manual_seed(_next_seed(state))
+    return None
 
 
 def _projected(groups: list[dict[str, Any]], named: bool) -> dict[str, dict[str, Any]]:

@@ -1,38 +1,152 @@
-"""Finding the basis: gradient -> Q with orthonormal columns, (short, r) fp32, of the gradient's shorter side."""
+"""Finding the basis: gradients -> Q with orthonormal columns, (short, r) fp32, of the gradient's shorter side."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from .functional import project, row_blocks, tall
 
-def svd_basis(grad: Tensor, rank: int) -> Tensor:
-    """The leading `rank` singular vectors on the short side (GaLore 2403.03507 eq. 12; the published choice of Fira).
+# Up to this many columns the exact basis, from the Gram matrix, is cheaper than a power iteration.
+EXACT = 64
+# Largest accepted entry of Q^T Q - I. Two passes of CholeskyQR in fp32, or one decomposition, come out below 1e-5.
+TOLERANCE = 1e-4
+
+Bases = list[Tensor | None]
+
+
+def find_bases(
+    grads: Sequence[Tensor], rank: int, method: str, previous: Sequence[Tensor | None], seeds: Sequence[int]
+) -> Bases:
+    """New bases, each (short, min(rank, short)) fp32 and contiguous, for gradients of one shape.
+
+    The gradients are as stored (not transposed), finite and not zero, of any float dtype. `previous` holds the bases
+    so far, None at a first refresh; `seeds` is for what is drawn at random, one a gradient. None comes back where no
+    orthonormal basis was found, in fp32 and in fp64; the caller goes on with the one that it has.
+    """
+    return METHODS[method](grads, rank, previous, seeds)
+
+
+def svd(grads: Sequence[Tensor], rank: int, previous: Sequence[Tensor | None], seeds: Sequence[int]) -> Bases:
+    """The leading singular vectors (GaLore 2403.03507 eq. 12; the published choice of Fira).
 
     The decomposition is that of the gradient as it is stored, not of its transposed view: the moments live on in the
     coordinates of the next basis, so even the signs of the vectors must be those of the published code.
     """
-    U, _, Vh = torch.linalg.svd(grad, full_matrices=False)
-    return Vh[:rank].t() if grad.shape[0] >= grad.shape[1] else U[:, :rank]
+
+    def decompose(grad: Tensor) -> Tensor:
+        U, _, Vh = torch.linalg.svd(grad, full_matrices=False)
+        return Vh[:rank].t() if grad.shape[0] >= grad.shape[1] else U[:, :rank]
+
+    return [_in_fp32_or_fp64(decompose, grad) for grad in grads]
 
 
-# A method is a function of the gradient as stored, in fp32 or fp64, and the rank.
-METHODS: dict[str, Callable[[Tensor, int], Tensor]] = {"svd": svd_basis}
+def power(grads: Sequence[Tensor], rank: int, previous: Sequence[Tensor | None], seeds: Sequence[int]) -> Bases:
+    """Block power iteration Q <- orth(G^T G Q): one from the previous basis, or two from a sketch of the gradient.
 
-
-def find_basis(grad: Tensor, rank: int, method: str) -> Tensor | None:
-    """A new basis, (short, min(rank, short)) fp32 and contiguous, for a finite, non-zero gradient of any float dtype.
-
-    A decomposition that does not converge in fp32 is repeated in fp64; None if that fails too, and the caller goes on
-    with the basis that it has.
+    As refreshes go on, the columns turn towards the singular vectors, in falling order (orthogonal iteration; Golub
+    and Van Loan, Matrix Computations, 8.2.4). Where the short side has at most `EXACT` columns, the basis is exact.
     """
+    matrices = [tall(grad) for grad in grads]
+    if matrices[0].shape[1] <= EXACT:
+        return [_in_fp32_or_fp64(lambda G: _leading_eigenvectors(G, rank), G) for G in matrices]
+    starts: Bases = list(previous)
+    for i, (G, seed) in enumerate(zip(matrices, seeds, strict=True)):
+        if starts[i] is None:
+            (start,) = sketch([G], rank, [None], [seed])
+            (starts[i],) = [None] if start is None else _orthonormalize(_iterate(G, start)[None])
+    products = {i: _iterate(matrices[i], Q) for i, Q in enumerate(starts) if Q is not None}
+    if not products:
+        return starts
+    found = dict(zip(products, _orthonormalize(torch.stack(list(products.values()))), strict=True))
+    return [found.get(i) for i in range(len(grads))]
+
+
+def random(grads: Sequence[Tensor], rank: int, previous: Sequence[Tensor | None], seeds: Sequence[int]) -> Bases:
+    """A random subspace, whatever the gradient (as in Flora 2402.03293 and APOLLO 2412.05270, but orthonormal)."""
+    short, device = min(grads[0].shape), grads[0].device
+    shape = (short, min(rank, short))
+    draws = [torch.randn(shape, device=device, generator=_generator(device, seed)) for seed in seeds]
+    return _orthonormalize(torch.stack(draws))
+
+
+def sketch(grads: Sequence[Tensor], rank: int, previous: Sequence[Tensor | None], seeds: Sequence[int]) -> Bases:
+    """The span of r random sums of the gradient's rows: one pass over the gradient, no product.
+
+    Every row goes, with a random sign, into one of the sums (count sketch; Clarkson and Woodruff 1207.6365).
+    """
+    matrices = [tall(grad) for grad in grads]
+    short, device = matrices[0].shape[1], grads[0].device
+    Y = torch.zeros(len(matrices), min(rank, short), short, device=device)
+    for y, G, seed in zip(Y, matrices, seeds, strict=True):
+        coins = torch.randint(0, 2, (len(G), 1), device=device, generator=_generator(device, seed))
+        signs = coins.float().mul_(2).sub_(1)
+        for rows, sign in zip(G.split(len(y)), signs.split(len(y)), strict=True):
+            y[: len(rows)].addcmul_(rows, sign)
+    return _orthonormalize(Y.mT)
+
+
+METHODS: dict[str, Callable[..., Bases]] = {"svd": svd, "power": power, "random": random, "sketch": sketch}
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
+
+
+def _iterate(G: Tensor, Q: Tensor) -> Tensor:
+    """G^T G Q up to a factor, (short, r) fp32; for a G of any size whose norm is finite in fp32."""
+    P = project(G, Q, torch.empty(len(G), Q.shape[1], device=G.device))
+    P.div_(P.abs().amax().clamp_(min=torch.finfo(torch.float32).tiny))
+    if G.dtype == torch.float32:
+        return G.t() @ P
+    Y = torch.zeros_like(Q)
+    for rows, part in zip(row_blocks(G), row_blocks(P, like=G), strict=True):
+        Y.addmm_(rows.float().t(), part)
+    return Y
+
+
+def _leading_eigenvectors(G: Tensor, rank: int) -> Tensor:
+    """The leading right singular vectors, from the Gram matrix of G."""
+    G = G / G.abs().amax()
+    return torch.linalg.eigh(G.t() @ G).eigenvectors.flip(1)[:, :rank]
+
+
+def _orthonormalize(Y: Tensor) -> Bases:
+    """Orthonormal bases of the columns of Y, (B, short, r): CholeskyQR twice, or QR where that is not accurate."""
+    tiny = torch.finfo(torch.float32).tiny
+    Y = Y / Y.abs().amax(dim=(-2, -1), keepdim=True).clamp_(min=tiny)
+    Q = Y / torch.linalg.vector_norm(Y, dim=-2, keepdim=True).clamp_(min=tiny)
+    for _ in range(2):
+        # cholesky_ex does not raise: what it could not factorise shows in the test below.
+        L = torch.linalg.cholesky_ex(Q.mT @ Q).L
+        Q = torch.linalg.solve_triangular(L.mT, Q, upper=True, left=False)
+    good = _orthogonality_error(Q) <= TOLERANCE  # False for NaN, too
+    return [
+        q.contiguous() if ok else _in_fp32_or_fp64(lambda y: torch.linalg.qr(y).Q, y)
+        for q, y, ok in zip(Q, Y, good.tolist(), strict=True)
+    ]
+
+
+def _orthogonality_error(Q: Tensor) -> Tensor:
+    """Largest entry of |Q^T Q - I|: (..., short, r) -> (...)."""
+    return (Q.mT @ Q - torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)).abs().amax(dim=(-2, -1))
+
+
+def _in_fp32_or_fp64(decompose: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor | None:
+    """decompose(matrix), computed in fp32, or in fp64 where fp32 fails; None where neither gives a basis."""
     for dtype in (torch.float32, torch.float64):
         try:
-            Q = METHODS[method](grad.to(dtype), rank).float().contiguous()
+            Q = decompose(matrix.to(dtype)).float().contiguous()
         except torch.linalg.LinAlgError:
             continue
-        if torch.isfinite(Q).all():
+        if _orthogonality_error(Q) <= TOLERANCE:
             return Q
     return None
+
+
+def nearest_rotation(C: Tensor) -> Tensor:
+    """The orthogonal matrix nearest to C, (r, r): its polar factor (the orthogonal Procrustes problem)."""
+    U, _, Vh = torch.linalg.svd(C)
+    return U @ Vh

@@ -33,12 +33,13 @@ class Target:
     parameter: nn.Parameter
     rank: int
     alpha: float
+    state_itemsize: int = FP32
 
     @property
     def state_bytes(self) -> int:
-        """Basis, two moments, and the scalars `step` and `residual_norm`; all fp32."""
+        """Basis and two moments, and the fp32 scalars `step` and `residual_norm`."""
         long, short = max(self.parameter.shape), min(self.parameter.shape)
-        return FP32 * (short * self.rank + 2 * long * self.rank + 2)
+        return self.state_itemsize * (short * self.rank + 2 * long * self.rank) + 2 * FP32
 
 
 @dataclass
@@ -48,11 +49,12 @@ class Skipped:
     name: str
     parameter: nn.Parameter
     reason: str
+    state_itemsize: int = FP32
 
     @property
     def state_bytes(self) -> int:
-        """Two moments and `step`; all fp32."""
-        return FP32 * (2 * self.parameter.numel() + 1)
+        """Two moments, and the fp32 scalar `step`."""
+        return self.state_itemsize * 2 * self.parameter.numel() + FP32
 
 
 @dataclass
@@ -246,18 +248,19 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
             f"{config.target_modules!r}, or what restricts it."
         )
 
+    itemsize = FP32 if config.state_dtype == "float32" else FP32 // 2
     plan = TargetPlan([], [])
     kinds = {p: module for module in model.modules() for p in module.parameters(recurse=False)}
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in model.named_parameters():
         if parameter in targets:
             target = targets[parameter]
-            plan.projected.append(Target(name, parameter, target.rank, target.alpha))
+            plan.projected.append(Target(name, parameter, target.rank, target.alpha, itemsize))
         elif parameter.requires_grad:
             reason = reasons.get(parameter) or _kind(parameter, kinds[parameter])
             if parameter in reasons and parameter in embeddings:
                 reason = f"embedding, tied to the {reason}"
-            plan.skipped.append(Skipped(name, parameter, reason))
+            plan.skipped.append(Skipped(name, parameter, reason, itemsize))
     return plan
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,17 +20,30 @@ from .optimizer import FiraAdamW
 from .targets import find_targets, linear_layers, unmatched
 
 NAME = "fira"
-OPTIM_ARGS = {
+
+
+def _true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
+OPTIM_ARGS: dict[str, Callable[[str], Any]] = {
     "rank": int,
     "alpha": float,
     "update_proj_gap": int,
     "gamma": float,
     "projection": str,
+    "refresh": str,
+    "moments": str,
     "scaling": str,
     "residual": str,
+    "state_dtype": str,
+    "stochastic_rounding": _true_or_false,
     "dense_lr": float,
     "config": str,
 }
+KINDS: dict[Any, str] = {int: "an integer", float: "a number", _true_or_false: "true or false"}
 # Settings that TrainingArguments carries already: FiraConfig's name -> theirs.
 TRAINER_ARGS = {
     "lr": "learning_rate",
@@ -165,8 +179,7 @@ def parse_optim_args(text: str | None) -> dict[str, Any]:
             is_none = value.lower() == "none" and name in ("gamma", "dense_lr")
             settings[name] = None if is_none else OPTIM_ARGS[name](value)
         except ValueError:
-            kind = "an integer" if OPTIM_ARGS[name] is int else "a number"
-            raise ValueError(f"optim_args={text!r}: {name}={value!r} is not {kind}.") from None
+            raise ValueError(f"optim_args={text!r}: {name}={value!r} is not {KINDS[OPTIM_ARGS[name]]}.") from None
     return settings
 
 

@@ -16,7 +16,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from commonsense_tiny import WORDS, write_data, write_model, write_preset
-from recipes.commonsense import compare, measure, report, rundir, scoring, search, train
+from recipes import files, measure
+from recipes.commonsense import compare, report, rundir, scoring, search, train
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -266,7 +267,7 @@ def test_report_averages_seeds_and_comes_from_a_merged_file_too(preset, tmp_path
     assert f"| {mean:.3f} ± " in row
 
     copy = tmp_path / "copy" / "results.json"
-    rundir.write_json(copy, json.loads((tmp_path / "results.json").read_text()))
+    files.write_json(copy, json.loads((tmp_path / "results.json").read_text()))
     assert report.main([str(copy)]) == 0
     assert (copy.parent / "report.md").read_text() == first
     assert report.main([str(tmp_path / "nothing")]) == 2

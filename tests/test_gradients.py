@@ -169,8 +169,9 @@ def test_huge_and_tiny_gradients_stay_finite(shape, size, scaling):
         step(optimizer, parameter, size * gradient)
         assert parameter.isfinite().all()
         for name, value in optimizer.state.get(parameter, {}).items():
-            assert name in ("residual_norm", "refresh_in") or value.isfinite().all(), name
-            assert not (torch.is_tensor(value) and value.isnan().any()), name
+            if torch.is_tensor(value):
+                assert name == "residual_norm" or value.isfinite().all(), name
+                assert not value.isnan().any(), name
     if size == 1e15 and scaling != "none":
         # Adam's direction does not know the size: as with gradients of size one
         same = weight(shape)

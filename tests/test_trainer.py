@@ -273,7 +273,7 @@ def test_optim_args_are_typed(make_trainer):
 def test_without_optim_args_the_defaults_hold(make_trainer, optim_args):
     config = created(make_trainer, optim_args=optim_args).config
     default = FiraConfig()
-    for name in ("rank", "alpha", "update_proj_gap", "gamma", "projection", "scaling", "residual", "dense_lr"):
+    for name in VALID[:-1]:
         assert getattr(config, name) == getattr(default, name)
 
 
@@ -302,7 +302,8 @@ def test_a_key_given_twice_is_refused(make_trainer):
         created(make_trainer, optim_args="rank=8, rank=16")
 
 
-VALID = ("rank", "alpha", "update_proj_gap", "gamma", "projection", "scaling", "residual", "dense_lr", "config")
+VALID = ("rank", "alpha", "update_proj_gap", "gamma", "projection", "refresh", "moments", "scaling", "residual")
+VALID += ("state_dtype", "stochastic_rounding", "dense_lr", "config")
 
 
 @pytest.mark.parametrize(

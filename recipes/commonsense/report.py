@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from recipes import files
 from recipes.commonsense import rundir
 from recipes.commonsense.plots import plot_accuracy, plot_losses
 from recipes.commonsense.settings import METHODS
@@ -36,9 +37,9 @@ COSTS: list[tuple[str, Callable[[dict], float | None], Callable[[float], str], b
 def load_results(source: Path) -> list[dict[str, Any]]:
     """All results below a folder, or in a merged file, ordered by method and seed."""
     if source.is_dir():
-        runs = [rundir.read_json(path) for path in sorted(source.glob(f"*/{rundir.RESULT}"))]
+        runs = [files.read_json(path) for path in sorted(source.glob(f"*/{rundir.RESULT}"))]
     else:
-        runs = (rundir.read_json(source) or {}).get("runs", [])
+        runs = (files.read_json(source) or {}).get("runs", [])
     if not runs:
         raise ValueError(f"{source} holds no results.")
     order = list(METHODS)
@@ -50,7 +51,7 @@ def write_report(source: Path, console: Console | None = None) -> None:
     console = console or Console()
     folder = source if source.is_dir() else source.parent
     runs = load_results(source)
-    rundir.write_json(folder / MERGED, {"runs": runs})
+    files.write_json(folder / MERGED, {"runs": runs})
     finished = [run for run in runs if run["status"] == "ok"]
     parts = ["# Commonsense: methods compared", ""]
     if finished:

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from recipes.commonsense.settings import difference
+from recipes.files import read_json, write_json
 
 RESULT = "result.json"
 SETTINGS = "settings.json"
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file, None if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file that is either complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-    unfinished.replace(path)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from recipes import files
 from recipes.commonsense import rundir
 from recipes.commonsense.settings import EXPERIMENTS, METHODS, load_settings, read_overrides
 
@@ -58,7 +59,7 @@ def execute(runs: list[Run]) -> list[Run]:
             console.print(f"complete in {run.folder}")
         elif not _execute(run):
             failed.append(run)
-            console.print(f"[bold red]{run.name} failed[/]: {rundir.read_json(run.folder / rundir.RESULT)['error']}")
+            console.print(f"[bold red]{run.name} failed[/]: {files.read_json(run.folder / rundir.RESULT)['error']}")
     return failed
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.table import Table
 
+from recipes import files
 from recipes.commonsense import rundir, runner
 from recipes.commonsense.compare import parser
 from recipes.commonsense.runner import console
@@ -45,7 +46,7 @@ def main(words: list[str] | None = None) -> int:
     runner.execute([run for of_method in runs.values() for run in of_method.values()])
 
     found = {method: _choose(of_method) for method, of_method in runs.items()}
-    rundir.write_json(options.output_dir / "search.json", {"setting": key, "minimised": MINIMISED, "methods": found})
+    files.write_json(options.output_dir / "search.json", {"setting": key, "minimised": MINIMISED, "methods": found})
     _print(key, found)
     return int(all(of_method["best"] is None for of_method in found.values()))
 
@@ -54,7 +55,7 @@ def _choose(runs: dict[str, runner.Run]) -> dict[str, Any]:
     """The loss of each value (None where the run failed or diverged) and the best value."""
     losses = {}
     for value, run in runs.items():
-        loss = rundir.read_json(run.folder / rundir.RESULT).get("eval_loss")
+        loss = files.read_json(run.folder / rundir.RESULT).get("eval_loss")
         losses[value] = loss if loss is not None and math.isfinite(loss) else None
     finite = {value: loss for value, loss in losses.items() if loss is not None}
     best = min(finite, key=finite.__getitem__, default=None)

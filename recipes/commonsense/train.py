@@ -22,7 +22,8 @@ import torch
 from transformers import DataCollatorForSeq2Seq, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 import fira_hf  # registers optim="fira"
-from recipes.commonsense import data, measure, rundir
+from recipes import files, measure
+from recipes.commonsense import data, rundir
 from recipes.commonsense.dry_run import dry_run
 from recipes.commonsense.model import load_model, load_tokenizer, wrap
 from recipes.commonsense.scoring import score
@@ -158,7 +159,7 @@ def main(words: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    rundir.write_json(folder / rundir.SETTINGS, settings)
+    files.write_json(folder / rundir.SETTINGS, settings)
     recorded = {key: value for key, value in settings.items() if key != "output_dir"}
     provenance = measure.provenance(training.seed, ["python", "-m", "recipes.commonsense.train", *words])
     try:
@@ -180,7 +181,7 @@ def main(words: list[str] | None = None) -> int:
         "provenance": provenance,
         "all_settings": asdict(arguments) | full,
     }
-    rundir.write_json(folder / rundir.RESULT, result)
+    files.write_json(folder / rundir.RESULT, result)
     rundir.remove_checkpoints(folder)
     return 0
 

@@ -1,0 +1,1 @@
+"""Speed, memory and quality of fira_hf beside its peers."""

@@ -1,0 +1,132 @@
+"""Finding the basis: time beside torch.linalg.svd, and captured energy beside the exact basis.
+
+    python -m recipes.benchmarks.basis time [--shapes 2048x5461x512,...] [--output FILE]
+    python -m recipes.benchmarks.basis energy recipes/benchmarks/quality.yaml --data_dir DATA [--output FILE]
+
+`time` refreshes a warm basis. `energy` trains the experiment's model and looks at every refresh of every matrix at the
+gradient of that step: ||G Q||^2 of the basis in use over that of the exact one, at the refresh and just before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from fira_hf.functional import tall
+from fira_hf.subspace import find_bases
+from recipes import files, measure
+from recipes.benchmarks.models import gradient
+from recipes.benchmarks.quality import load_tokens, train
+
+
+def median_seconds(function: Callable[[], Any], repeats: int) -> float:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def compare_times(shapes: list[tuple[int, int, int]], repeats: int) -> list[dict[str, Any]]:
+    rows = []
+    for long, short, rank in shapes:
+        generator = torch.Generator().manual_seed(0)
+        weight = nn.Parameter(torch.zeros(long, short))
+        G = gradient(weight, generator)
+        (Q,) = find_bases([G], rank, "power", [None], [0])
+        G = gradient(weight, generator).lerp_(G, 0.5)  # another gradient than the one that the basis is of
+        power = median_seconds(lambda G=G, Q=Q, rank=rank: find_bases([G], rank, "power", [Q], [1]), 5)
+        svd = median_seconds(lambda G=G: torch.linalg.svd(G, full_matrices=False), repeats)
+        rows.append({"long": long, "short": short, "rank": rank, "power": power, "svd": svd, "ratio": svd / power})
+    return rows
+
+
+def captured_energy(G: Tensor, Q: Tensor) -> float:
+    """||G Q||^2 over that of the exact basis of the same rank, in fp64."""
+    G, Q = tall(G).double(), Q.double()
+    exact = torch.linalg.eigvalsh(G.T @ G)[-Q.shape[1] :].sum()
+    return float((G @ Q).square().sum() / exact)
+
+
+def watch_energy(experiment: dict[str, Any], variant: dict[str, Any], lr: float, data: dict[str, Tensor]):
+    """Rows of step, matrix, and the captured energy before and after the refresh."""
+    rows: list[dict[str, Any]] = []
+    gap, before = experiment["update_proj_gap"], {}
+
+    def watch(step: int, optimizer: torch.optim.Optimizer, matrices: list[nn.Parameter]) -> None:
+        for index, p in enumerate(matrices):
+            Q = optimizer.state[p]["basis"]
+            if step % gap == 0:
+                row = {"step": step, "matrix": index, "after": captured_energy(p.grad, Q)}
+                if step:
+                    row["before"] = captured_energy(p.grad, before[index])
+                rows.append(row)
+            if step % gap == gap - 1:
+                before[index] = Q.clone()
+
+    train(experiment, variant, lr, 0, data, watch)
+    return rows
+
+
+def _shapes(text: str) -> list[tuple[int, int, int]]:
+    found = []
+    for shape in text.split(","):
+        rows, columns, rank = map(int, shape.split("x"))
+        found.append((max(rows, columns), min(rows, columns), rank))
+    return found
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    one = commands.add_parser("time")
+    one.add_argument("--shapes", type=_shapes, default=_shapes("512x512x128,2048x5461x512,4096x11008x128"))
+    one.add_argument("--repeats", type=int, default=1, help="of the SVD, which takes long")
+    two = commands.add_parser("energy")
+    two.add_argument("experiment", type=Path)
+    two.add_argument("--data_dir", type=Path, required=True)
+    two.add_argument("--cache", type=Path, default=Path("runs/quality/data"))
+    two.add_argument("--variant", default="power")
+    two.add_argument("--lr", type=float, default=3e-3)
+    for command in (one, two):
+        command.add_argument("--output", type=Path)
+    options = parser.parse_args(words)
+    if options.what == "time":
+        rows = compare_times(options.shapes, options.repeats)
+        table = Table("long x short, rank", "power (ms)", "svd (ms)", "ratio")
+        for row in rows:
+            shape = f"{row['long']} x {row['short']}, {row['rank']}"
+            table.add_row(shape, f"{1000 * row['power']:.1f}", f"{1000 * row['svd']:.1f}", f"{row['ratio']:.0f}")
+    else:
+        experiment = yaml.safe_load(options.experiment.read_text(encoding="utf-8"))
+        variant = experiment.pop("variants")[options.variant]
+        data = load_tokens(options.data_dir, options.cache, experiment["vocab_size"])
+        rows = watch_energy(experiment, variant, options.lr, data)
+        table = Table("step", "before the refresh (mean)", "after (mean)", "after (lowest)")
+        for step in dict.fromkeys(row["step"] for row in rows):
+            here = [row for row in rows if row["step"] == step]
+            before = f"{statistics.mean(row['before'] for row in here):.4f}" if step else "-"
+            after = [row["after"] for row in here]
+            table.add_row(str(step), before, f"{statistics.mean(after):.4f}", f"{min(after):.4f}")
+    Console().print(table)
+    if options.output:
+        command = ["python", "-m", "recipes.benchmarks.basis", *(words or sys.argv[1:])]
+        content = {"what": options.what, "rows": rows, "provenance": measure.provenance(0, command)}
+        files.write_json(options.output, content)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Bytes of optimizer state, and the peak that a step allocates beyond weights, gradients and state.
+
+    python -m recipes.benchmarks.memory [--size 60m] [--layers N] [--dtype float32] [--rank R] [--output FILE]
+
+Counted, not sampled: every tensor in the state, and every allocation during one ordinary step. Writes JSON with
+--output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+from recipes import files, measure
+from recipes.benchmarks.models import SIZES, matrices
+from recipes.benchmarks.optimizers import BUILDERS, build
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """Most bytes allocated at one time by the function, beyond what was allocated before."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest
+
+
+def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """name -> bytes of the state, the peak beyond it, and the peak in low-rank gradients of the largest weight."""
+    size = SIZES[options.size]
+    rank = options.rank or size.rank
+    found: dict[str, dict[str, Any]] = {}
+    for name in tqdm(options.methods, disable=None, leave=False):
+        weights = matrices(size, options.layers, getattr(torch, options.dtype), options.device)
+        try:
+            optimizer = build(name, weights, 1e-3, rank, 10**6)
+            optimizer.step()
+            optimizer.step()
+        except Exception as error:
+            found[name] = {"error": f"{type(error).__name__}: {error}"}
+            continue
+        peak = peak_bytes(optimizer.step)
+        low_rank = max(4 * max(p.shape) * min(rank, *p.shape) for p in weights)
+        found[name] = {
+            "state_bytes": measure.state_bytes(optimizer),
+            "peak_bytes": peak,
+            "peak_low_rank_gradients": peak / low_rank,
+            "weight_bytes": sum(p.numel() * p.element_size() for p in weights),
+        }
+    return found
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="60m")
+    parser.add_argument("--layers", type=int, help="default: all of the model's")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--rank", type=int, help="default: the published one")
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=[n for n in BUILDERS if n != "muon"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args(words)
+    for name in options.methods:
+        if name not in BUILDERS:
+            parser.error(f"there is no optimizer {name!r}; there are {', '.join(BUILDERS)}")
+    found = run(options)
+    table = Table("bytes", "state", "peak of a step beyond it", "in low-rank gradients")
+    for name, row in found.items():
+        if "error" in row:
+            table.add_row(name, row["error"])
+        else:
+            peak = row["peak_low_rank_gradients"]
+            table.add_row(name, f"{row['state_bytes']:,}", f"{row['peak_bytes']:,}", f"{peak:.2f}")
+    Console().print(table)
+    if options.output:
+        settings = {key: value for key, value in vars(options).items() if key != "output"}
+        command = ["python", "-m", "recipes.benchmarks.memory", *(words or sys.argv[1:])]
+        files.write_json(
+            options.output, {"settings": settings, "bytes": found, "provenance": measure.provenance(0, command)}
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

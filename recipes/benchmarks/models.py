@@ -1,0 +1,51 @@
+"""The weight matrices of the LLaMA sizes of the paper, without the models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Size:
+    """Width, width of the MLP, number of layers, and the rank of the published pre-training."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    rank: int
+
+
+SIZES = {
+    "60m": Size(512, 1376, 8, 128),
+    "130m": Size(768, 2048, 12, 256),
+    "350m": Size(1024, 2736, 24, 256),
+    "1b": Size(2048, 5461, 24, 512),
+    "7b": Size(4096, 11008, 32, 128),
+}
+
+
+def matrices(size: Size, layers: int | None, dtype: torch.dtype, device: str, seed: int = 0) -> list[nn.Parameter]:
+    """The seven matrices of each layer's attention and MLP, with gradients of falling singular values.
+
+    A gradient of white noise would have no leading subspace; these have one, as those of real training do.
+    """
+    h, m = size.hidden, size.intermediate
+    generator = torch.Generator(device).manual_seed(seed)
+    weights = []
+    for shape in ([(h, h)] * 4 + [(m, h)] * 2 + [(h, m)]) * (layers or size.layers):
+        p = nn.Parameter((0.02 * torch.randn(shape, device=device, generator=generator)).to(dtype))
+        p.grad = gradient(p, generator)
+        weights.append(p)
+    return weights
+
+
+def gradient(p: nn.Parameter, generator: torch.Generator) -> torch.Tensor:
+    """A matrix of 32 strong directions and noise, of the size of real gradients."""
+    rows, columns = p.shape
+    left = torch.randn(rows, 32, device=p.device, generator=generator)
+    right = torch.randn(32, columns, device=p.device, generator=generator)
+    noise = torch.randn(rows, columns, device=p.device, generator=generator)
+    return (1e-4 * (left @ right + noise)).to(p.dtype)

@@ -1,0 +1,167 @@
+"""When bases are refreshed, and what becomes of the moments."""
+
+import copy
+
+import pytest
+import torch
+
+from fira_hf import FiraAdamW
+from fira_hf import functional as F
+from reference import gradients, weight
+
+SHAPES = [(96, 80), (80, 96), (80, 80), (96, 80), (96, 72), (40, 100)]
+
+
+def make(gap=12, **settings):
+    parameters = [weight(shape, seed=i) for i, shape in enumerate(SHAPES)]
+    group = {"params": parameters, "rank": 8, "update_proj_gap": gap, "projection": "power", **settings}
+    return parameters, FiraAdamW([group], lr=1e-3)
+
+
+def step(parameters, optimizer, seed):
+    for i, p in enumerate(parameters):
+        generator = torch.Generator().manual_seed(1000 * seed + i)
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+    optimizer.step()
+
+
+def bases(parameters, optimizer):
+    return [optimizer.state[p]["basis"].clone() for p in parameters]
+
+
+def refreshed(parameters, optimizer, steps):
+    """For each step which matrices got a new basis; the first step creates all of them."""
+    seen, old = [], None
+    for seed in range(steps):
+        step(parameters, optimizer, seed)
+        new = bases(parameters, optimizer)
+        if old is not None:
+            seen.append([i for i, (a, b) in enumerate(zip(old, new, strict=True)) if not torch.equal(a, b)])
+        old = new
+    return seen
+
+
+def test_together_refreshes_all_at_once():
+    parameters, optimizer = make(gap=5)
+    assert refreshed(parameters, optimizer, 12) == [
+        list(range(len(SHAPES))) if done in (5, 10) else [] for done in range(1, 12)
+    ]
+
+
+def test_staggered_refreshes_each_once_an_interval_and_a_share_of_the_work_at_a_time():
+    parameters, optimizer = make(gap=12, refresh="staggered")
+    seen = refreshed(parameters, optimizer, 37)
+    for start in (0, 12, 24):
+        assert sorted(i for step in seen[start : start + 12] for i in step) == list(range(len(SHAPES)))
+    assert seen[:12] == seen[12:24] == seen[24:36]
+    cost = [p.numel() for p in parameters]
+    assert max(sum(cost[i] for i in step) for step in seen) <= max(max(cost), 2 * sum(cost) / 12)
+
+
+def test_more_matrices_than_steps_are_spread_evenly():
+    parameters = [weight((10, 8), seed=i) for i in range(30)]
+    settings = {"rank": 2, "update_proj_gap": 7, "refresh": "staggered", "projection": "svd"}
+    seen = refreshed(parameters, FiraAdamW([{"params": parameters, **settings}], lr=1e-3), 15)
+    assert {len(step) for step in seen} <= {4, 5}
+
+
+@pytest.mark.parametrize("projection", ["svd", "power", "random"])
+@pytest.mark.parametrize("refresh", ["together", "staggered"])
+@pytest.mark.parametrize("moments", ["kept", "rotated", "aligned"])
+def test_a_resumed_run_refreshes_and_rounds_as_if_it_had_not_stopped(projection, refresh, moments):
+    settings = {"gap": 6, "projection": projection, "refresh": refresh, "moments": moments}
+    settings |= {"stochastic_rounding": True, "state_dtype": "bfloat16"}
+    parameters, optimizer = make(**settings)
+    for p in parameters:
+        p.data = p.data.bfloat16()
+    for seed in range(9):
+        step(parameters, optimizer, seed)
+    others, resumed = make(**settings)
+    for p, q in zip(parameters, others, strict=True):
+        q.data = p.data.clone()
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for seed in range(9, 20):
+        step(parameters, optimizer, seed)
+        step(others, resumed, seed)
+    for p, q in zip(parameters, others, strict=True):
+        assert torch.equal(p, q)
+        for name, value in optimizer.state[p].items():
+            other = resumed.state[q][name]
+            assert torch.equal(value, other) if torch.is_tensor(value) else value == other, name
+
+
+def test_zero_gradients_delay_a_staggered_refresh_by_as_many_steps():
+    shape = (40, 24)
+    settings = {"rank": 4, "update_proj_gap": 4, "refresh": "staggered"}
+    plain, delayed = weight(shape), weight(shape)
+    one, other = (FiraAdamW([{"params": [p], **settings}], lr=1e-2) for p in (plain, delayed))
+    for t, gradient in enumerate(gradients(shape, 11)):
+        plain.grad = gradient
+        one.step()
+        for grad in [torch.zeros(shape)] * (t % 3) + [gradient]:
+            delayed.grad = grad
+            other.step()
+    assert torch.equal(plain, delayed)
+
+
+def refresh_once(moments, M, V, seed=5):
+    """State before and after a refresh of one matrix, with these moments in the old basis."""
+    parameter = weight((60, 40))
+    settings = {"rank": 6, "update_proj_gap": 1, "moments": moments, "projection": "svd"}
+    optimizer = FiraAdamW([{"params": [parameter], **settings}], lr=0.0, betas=(0.9, 0.99))
+    sequence = gradients((60, 40), seed)
+    for gradient in sequence[:-1]:
+        parameter.grad = gradient
+        optimizer.step()
+    state = optimizer.state[parameter]
+    state["exp_avg"].copy_(M), state["exp_avg_sq"].copy_(V)
+    before = {name: value.clone() if torch.is_tensor(value) else value for name, value in state.items()}
+    parameter.grad = torch.zeros(60, 40)
+    parameter.grad.copy_(sequence[-1])
+    G, Q = parameter.grad, None
+    optimizer.step()
+    Q = state["basis"]
+    # undo the update of the moments by this step's gradient
+    R = G @ Q
+    return before, Q, (state["exp_avg"] - 0.1 * R) / 0.9, (state["exp_avg_sq"] - 0.01 * R**2) / 0.99
+
+
+def test_kept_moments_stay():
+    M, V = torch.randn(60, 6, generator=torch.Generator().manual_seed(1)), torch.rand(60, 6) + 1
+    _, _, M_new, V_new = refresh_once("kept", M, V)
+    assert torch.allclose(M_new, M, atol=1e-4) and torch.allclose(V_new, V, atol=1e-4)
+
+
+def test_rotated_moments_stand_for_the_same_directions():
+    """The first moment as far as the new basis reaches; the second never less than the square of the first."""
+    M = torch.randn(60, 6, generator=torch.Generator().manual_seed(1))
+    V = M**2 + torch.rand(60, 6)
+    before, Q, M_new, V_new = refresh_once("rotated", M, V)
+    C = before["basis"].T @ Q
+    assert torch.allclose(M_new, M @ C, atol=1e-4)
+    t = before["step"].item()
+    ratio = (1 - 0.99**t) / (1 - 0.9**t) ** 2
+    expected = (V - ratio * M**2).clamp(min=0) @ C**2 + ratio * (M @ C) ** 2
+    assert torch.allclose(V_new, expected, atol=1e-4)
+
+
+def test_rotating_into_the_same_subspace_and_back_changes_the_first_moment_by_rounding():
+    C = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0))).Q
+    M, V = torch.randn(60, 6), torch.rand(60, 6) + 4
+    start = M.clone()
+    for turn in (C, C.T):
+        F.rotate_moments(M, V, turn, torch.tensor(1.0))
+    assert torch.allclose(M, start, atol=1e-5)
+    assert (V > 0).all()
+
+
+def test_an_aligned_basis_spans_the_new_subspace_and_lies_closest_to_the_old():
+    M, V = torch.zeros(60, 6), torch.ones(60, 6)
+    before, aligned, M_new, _ = refresh_once("aligned", M, V)
+    _, plain, _, _ = refresh_once("kept", M, V)
+    assert torch.allclose(aligned @ aligned.T, plain @ plain.T, atol=1e-5)
+    overlap = before["basis"].T @ aligned
+    # nearest: the overlap with the old basis is symmetric and positive
+    assert torch.allclose(overlap, overlap.T, atol=1e-4)
+    assert torch.linalg.eigvalsh(overlap).min() >= -1e-5
+    assert torch.allclose(M_new, M, atol=1e-4)
