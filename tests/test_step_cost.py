@@ -2,31 +2,14 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
+from allocations import allocations, peak
 from fira_hf import FiraAdamW
 from fira_hf import optimizer as optimizer_module
 from reference import weight
 
 SHAPES = [(128, 128), (344, 128), (128, 344)]  # LLaMA-60M's matrices, each side a quarter
 RANK = 32
-
-
-def allocations(function):
-    """Sizes in bytes, in order, of what the CPU allocator gives (+) and takes back (-) while the function runs."""
-    function()  # warm: lazily made buffers are not the step's
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-
-
-def peak(sizes):
-    now = highest = 0
-    for size in sizes:
-        now += size
-        highest = max(highest, now)
-    return highest
 
 
 def test_the_meter_sees_what_a_naive_step_allocates():

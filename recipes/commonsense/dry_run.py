@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
-from transformers import TrainingArguments
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from fira_hf import FiraConfig
 from fira_hf.factory import summarize
@@ -25,9 +25,10 @@ def dry_run(arguments: RecipeArguments, training: TrainingArguments) -> None:
     total = sum(p.numel() for p in model.parameters())
     print(f"{arguments.method} on {arguments.model}: trains {trainable:,} of {total:,} parameters")
     memory = predict_memory(model, arguments, training)
-    for name in ("weights", "gradients", "optimizer_state", "total"):
+    for name in ("weights", "gradients", "optimizer_state", "activations", "total"):
         print(f"  {name.replace('_', ' '):<16}{getattr(memory, name) / GIB:9.3f} GiB")
-    print("  activations come on top: they grow with the batch and the length of the examples")
+    batch = f"{training.per_device_train_batch_size} x {arguments.cutoff_len}"
+    print(f"  (activations of {batch} tokens in the dtype of the weights; PyTorch's own overhead comes on top)")
 
     train, validation = load_training(arguments)
     print(f"Data: {len(train):,} training and {len(validation):,} validation examples")
@@ -35,15 +36,20 @@ def dry_run(arguments: RecipeArguments, training: TrainingArguments) -> None:
         print(f"  {task:<16}{len(questions):6,} questions")
 
 
-def predict_memory(model: nn.Module, arguments: RecipeArguments, training: TrainingArguments) -> MemoryEstimate:
+def predict_memory(
+    model: PreTrainedModel | PeftModel, arguments: RecipeArguments, training: TrainingArguments
+) -> MemoryEstimate:
+    if training.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    batch = (training.per_device_train_batch_size, arguments.cutoff_len)
     if training.optim == "fira":
         config = config_from_args(training, model)
         print(summarize(model, find_targets(model, config)))
-        return estimate_memory(model, config)
+        return estimate_memory(model, config, *batch)
     if training.optim == "galore_adamw":
         rank = dict(entry.split("=") for entry in training.optim_args.replace(" ", "").split(","))["rank"]
-        memory = estimate_memory(model, FiraConfig(rank=int(rank), target_modules=arguments.target_modules))
+        memory = estimate_memory(model, FiraConfig(rank=int(rank), target_modules=arguments.target_modules), *batch)
         # The same basis and moments as Fira's, but in the dtype of the weights.
         memory.optimizer_state = memory.optimizer_state * model.dtype.itemsize // FP32
         return memory
-    return estimate_memory(model, None)
+    return estimate_memory(model, None, *batch)

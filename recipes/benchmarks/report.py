@@ -1,0 +1,209 @@
+"""Write the tables and pictures of docs/benchmarks.md from the JSON files beside it.
+
+    python -m recipes.benchmarks.report [docs/benchmarks]
+
+The page's words are written by hand. Between `<!-- table: FILE -->` and `<!-- end -->` this puts the table of
+docs/benchmarks/FILE.json with its provenance; quality.json also becomes quality.png. A quality.json is gathered from
+the runs of `recipes.benchmarks.quality` by --gather FOLDER.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from recipes import files
+
+MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def gather(folder: Path) -> dict[str, Any]:
+    """The runs of a quality experiment in one object, without repeating what they share."""
+    runs = [files.read_json(path) for path in sorted(folder.glob("*.json"))]
+    if not runs:
+        raise ValueError(f"{folder} holds no results.")
+    experiments = [run.pop("experiment") for run in runs]
+    if any(experiment != experiments[0] for experiment in experiments):
+        raise ValueError(f"{folder} holds runs of different experiments: gather them one by one.")
+    return {"experiment": experiments[0], "runs": runs}
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def step_table(content: dict[str, Any]) -> str:
+    found = content["milliseconds"]
+    base = {name: found[name]["ordinary"] for name in ("adamw", "floor") if name in found}
+    rows = []
+    for name, row in found.items():
+        if "error" in row:
+            rows.append([name, f"fails: {row['error'][:80]}", *[""] * 6])
+            continue
+        ratios = [f"{row['ordinary'] / base[other]:.2f}" if other in base else "" for other in ("adamw", "floor")]
+        times = [f"{row[key]:,.0f}" if key in row else "" for key in ("refresh", "amortised", "first", "longest")]
+        rows.append([name, f"{row['ordinary']:,.1f}", *ratios, *times])
+    header = [
+        "ms",
+        "ordinary step",
+        "of fused AdamW",
+        "of the floor",
+        "refresh step",
+        "average",
+        "first step",
+        "longest",
+    ]
+    return markdown(header, rows)
+
+
+def memory_table(content: dict[str, Any]) -> str:
+    rows = []
+    for name, row in content["bytes"].items():
+        if "error" in row:
+            rows.append([name, f"fails: {row['error'][:80]}", "", ""])
+        else:
+            mib = [f"{row[key] / 2**20:,.1f}" for key in ("state_bytes", "peak_bytes")]
+            rows.append([name, *mib, f"{row['peak_low_rank_gradients']:.2f}"])
+    return markdown(["", "state, MiB", "peak of a step beyond it, MiB", "the same in low-rank gradients"], rows)
+
+
+def basis_table(content: dict[str, Any]) -> str:
+    if content["what"] == "time":
+        rows = [
+            [
+                f"{row['long']} x {row['short']}, rank {row['rank']}",
+                f"{1000 * row['power']:,.1f}",
+                f"{1000 * row['svd']:,.0f}",
+                f"{row['ratio']:,.0f}",
+            ]
+            for row in content["rows"]
+        ]
+        return markdown(["shape", "power iteration, ms", "torch.linalg.svd, ms", "times faster"], rows)
+    by_step = defaultdict(list)
+    for row in content["rows"]:
+        by_step[row["step"]].append(row)
+    rows = []
+    for step, here in by_step.items():
+        before = f"{statistics.mean(row['before'] for row in here):.1%}" if step else ""
+        after = [row["after"] for row in here]
+        rows.append([str(step), before, f"{statistics.mean(after):.1%}", f"{min(after):.1%}"])
+    return markdown(["step", "just before the refresh", "after it", "after it, the worst matrix"], rows)
+
+
+def train_table(content: dict[str, Any]) -> str:
+    found = content["methods"]
+    base = found.get("adamw_torch_fused", {}).get("tokens_per_second")
+    rows = []
+    for name, row in found.items():
+        if "error" in row:
+            rows.append([name, f"fails: {row['error'][:80]}", ""])
+        else:
+            speed = row["tokens_per_second"]
+            rows.append([name, f"{speed:,.0f}", f"{speed / base:.2f}" if base else ""])
+    return markdown(["`optim`", "tokens/s", "of fused AdamW"], rows)
+
+
+def best_runs(content: dict[str, Any]) -> dict[str, dict[float, list[dict[str, Any]]]]:
+    """variant -> learning rate -> runs, in the order of the mean perplexity of the best learning rate."""
+    variants: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for run in content["runs"]:
+        variants[run["variant"]][run["lr"]].append(run)
+    return dict(sorted(variants.items(), key=lambda item: min(map(mean_perplexity, item[1].values()))))
+
+
+def mean_perplexity(runs: list[dict[str, Any]]) -> float:
+    """Over seeds; infinite if a run diverged."""
+    return statistics.mean(run["perplexity"] or float("inf") for run in runs)
+
+
+def quality_table(content: dict[str, Any]) -> str:
+    rows = []
+    for variant, by_lr in best_runs(content).items():
+        best = min(by_lr, key=lambda lr: mean_perplexity(by_lr[lr]))
+        runs = by_lr[best]
+        values = [run["perplexity"] or float("inf") for run in runs]
+        spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+        others = "; ".join(f"{lr:g}: {mean_perplexity(by_lr[lr]):.1f}" for lr in sorted(by_lr))
+        state = f"{runs[0]['state_bytes'] / 2**20:.2f}"
+        rows.append([variant, f"{mean_perplexity(runs):.1f}{spread}", f"{best:g}", str(len(runs)), others, state])
+    header = ["variant", "perplexity", "best lr", "seeds", "all learning rates", "state of the matrices, MiB"]
+    return markdown(header, rows)
+
+
+def plot_quality(content: dict[str, Any], path: Path) -> None:
+    """Validation perplexity over training, each variant at its best learning rate, mean over seeds."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axis = figure.subplots()
+    styles = ["-", "--", ":", "-."]
+    for index, (variant, by_lr) in enumerate(best_runs(content).items()):
+        runs = min(by_lr.values(), key=mean_perplexity)
+        if any(run["perplexity"] is None for run in runs):
+            continue
+        steps = [entry["step"] for entry in runs[0]["history"]]
+        means = [statistics.mean(run["history"][i]["perplexity"] for run in runs) for i in range(len(steps))]
+        axis.plot(steps, means, styles[index // 10 % 4], color=f"C{index % 10}", label=variant)
+    axis.set(xlabel="optimizer step", ylabel="validation perplexity", yscale="log")
+    axis.grid(alpha=0.3, which="both")
+    figure.legend(frameon=False, loc="outside right upper", title="best first")
+    figure.savefig(path, dpi=150)
+
+
+TABLES = {
+    "step": step_table,
+    "memory": memory_table,
+    "basis": basis_table,
+    "train": train_table,
+    "quality": quality_table,
+}
+
+
+def origin(content: dict[str, Any]) -> str:
+    """One line: command, hardware, versions, commit."""
+    about = content["runs"][0]["provenance"] if "runs" in content else content["provenance"]
+    versions = about["versions"]
+    packages = f"torch {versions['torch']}, transformers {versions['transformers']}"
+    return (
+        f"`{about['command']}` on {about['device']}, {about['cpu_threads']} threads, {packages}, {about['date'][:10]}."
+    )
+
+
+def write_report(folder: Path) -> None:
+    page = folder.with_suffix(".md")
+
+    def table(match: re.Match[str]) -> str:
+        content = files.read_json(folder / f"{match[2]}.json")
+        if content is None:
+            raise ValueError(f"{page} wants {folder / match[2]}.json, which is not there.")
+        kind = match[2].partition("-")[0]
+        if kind == "quality":
+            plot_quality(content, folder / f"{match[2]}.png")
+        return f"{match[1]}\n{TABLES[kind](content)}\n\n{origin(content)}\n\n{match[3]}"
+
+    page.write_text(MARKED.sub(table, page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("docs/benchmarks"))
+    parser.add_argument("--gather", type=Path, action="append", default=[], metavar="FOLDER")
+    options = parser.parse_args(words)
+    try:
+        for runs in options.gather:
+            files.write_json(options.folder / f"{runs.name}.json", gather(runs))
+        write_report(options.folder)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
