@@ -19,6 +19,7 @@ class Size:
 
 
 SIZES = {
+    "tiny": Size(64, 172, 2, 16),  # to try a benchmark out
     "60m": Size(512, 1376, 8, 128),
     "130m": Size(768, 2048, 12, 256),
     "350m": Size(1024, 2736, 24, 256),

@@ -117,9 +117,7 @@ def print_table(found: dict[str, dict[str, Any]], console: Console) -> None:
             base = found.get(other, {}).get("ordinary")
             return f"{row['ordinary'] / base:.2f}" if base else "-"
 
-        cells = (
-            "-" if row[key] is None else f"{row[key]:.1f}" for key in ("refresh", "amortised", "first", "longest")
-        )
+        cells = (f"{row[key]:.1f}" if key in row else "-" for key in ("refresh", "amortised", "first", "longest"))
         table.add_row(name, f"{row['ordinary']:.1f}", ratio("adamw"), ratio(FLOOR), *cells)
     console.print(table)
 
