@@ -107,7 +107,10 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def print_table(found: dict[str, dict[str, Any]], console: Console) -> None:
-    table = Table("milliseconds", "ordinary", "of AdamW", "of floor", "refresh", "amortised", "first", "longest")
+    table = Table(title="milliseconds; ratios of the ordinary step", padding=(0, 0, 0, 1))
+    table.add_column("", no_wrap=True)
+    for title in ("ordinary", "/AdamW", "/floor", "refresh", "average", "first", "longest"):
+        table.add_column(title, justify="right")
     for name, row in found.items():
         if "error" in row:
             table.add_row(name, row["error"])
