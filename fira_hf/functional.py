@@ -160,7 +160,7 @@ def apply_update(
         if exact:
             w.addmm_(a, Q.t(), beta=decay, alpha=-decay).addcmul_(b, g, value=-decay)
             continue
-        new = torch.addmm(w.float(), a, Q.t(), alpha=-1).addcmul_(b, g.float(), value=-1).mul_(decay)
+        new = w.to(torch.float32, copy=True).addmm_(a, Q.t(), beta=decay, alpha=-decay).addcmul_(b, g, value=-decay)
         store(w, new if active is None else torch.where(active, new, w), generator)
 
 
@@ -179,7 +179,8 @@ def store(target: Tensor, value: Tensor, generator: torch.Generator | None = Non
 def row_blocks(tensor: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
     """Views of consecutive rows: about `BLOCK` elements each, or as many rows as in the blocks of `like`."""
     shape = (tensor if like is None else like).shape
-    return tensor.split(max(1, BLOCK // max(1, shape[1:].numel())))
+    rows = max(1, BLOCK // max(1, shape[1:].numel()))
+    return (tensor,) if rows >= len(tensor) else tensor.split(rows)
 
 
 def rotate_moments(M: Tensor, V: Tensor, C: Tensor, ratio: Tensor) -> None:
