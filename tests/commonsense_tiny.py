@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 import yaml
+
+from conftest import build_llama
 
 WORDS = {
     "boolq": ("true", "false"),
@@ -61,22 +62,8 @@ def build_tokenizer(vocab_size: int = 400):
 
 
 def build_model(vocab_size: int):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    return LlamaForCausalLM(config)
+    special = {"bos_token_id": None, "eos_token_id": 1}
+    return build_llama(vocab_size=vocab_size, max_position_embeddings=512, initializer_range=0.2, **special)
 
 
 def write_model(folder: Path) -> Path:

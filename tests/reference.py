@@ -113,3 +113,12 @@ def weight(shape, seed=0, dtype=torch.float32):
     """A parameter with the spread of an initialised linear layer."""
     generator = torch.Generator().manual_seed(1000 + seed)
     return torch.nn.Parameter((0.05 * torch.randn(shape, generator=generator)).to(dtype))
+
+
+def spoiled(gradient, bad):
+    """The gradient with one entry that is not finite, or all zero where `bad` is 0."""
+    gradient = gradient.clone()
+    if bad == 0.0:
+        return gradient.zero_()
+    gradient[3, 7] = bad
+    return gradient

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fira_hf import FiraAdamW
-from reference import gradients, weight
+from reference import gradients, spoiled, weight
 
 SHAPES = [(40, 24), (24, 40)]
 DEVICES = ["pretended", "cuda"] if torch.cuda.is_available() else ["pretended"]
@@ -138,14 +138,10 @@ def test_bad_gradients_change_nothing_and_do_not_move_the_cadence(shape, bad, at
     a.track_statistics = b.track_statistics = True
     for t, gradient in enumerate(gradients(shape, 12)):
         if t == at:
-            spoiled = gradient.clone()
-            if bad == 0.0:
-                spoiled.zero_()
-            else:
-                spoiled[3, 7] = bad
+            bad_gradient = spoiled(gradient, bad)
             before = snapshot(a, parameter) if at else None
             for _ in range(7):  # longer than an interval
-                step(a, parameter, spoiled)
+                step(a, parameter, bad_gradient)
             if at:
                 assert all(torch.equal(v, before[k]) for k, v in snapshot(a, parameter).items())
             else:

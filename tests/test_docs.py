@@ -212,19 +212,12 @@ def test_ci_runs_the_command_of_the_readme() -> None:
 def test_the_readme_shows_the_summary_of_smollm2() -> None:
     """The sample output of the README is what the shapes of SmolLM2-135M give."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
+    from conftest import build_llama
     from fira_hf import FiraConfig, get_fira_optimizer
 
-    config = LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-    )
+    layers = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    size = {"hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True}
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = build_llama(**layers, **size)
     assert get_fira_optimizer(model, FiraConfig()).summary in (ROOT / "README.md").read_text()

@@ -7,7 +7,7 @@ import torch
 from fira import FiraAdamW as Published
 
 from fira_hf import FiraAdamW
-from reference import fira_step, gradients, weight
+from reference import fira_step, gradients, spoiled, weight
 
 SHAPES = [(40, 24), (24, 40)]
 GROUP = {"rank": 6, "update_proj_gap": 5, "alpha": 1.0}
@@ -76,14 +76,10 @@ def test_bad_gradient_changes_nothing_and_the_next_one_works(shape, bad, at, dty
     sequence = gradients(shape, 12)
     for t, gradient in enumerate(sequence):
         if t == at:
-            spoiled = gradient.clone()
-            if bad == 0.0:
-                spoiled.zero_()
-            else:
-                spoiled[3, 7] = bad
+            bad_gradient = spoiled(gradient, bad)
             before = snapshot(a, parameter)
-            step(a, parameter, spoiled)
-            step(a, parameter, spoiled)
+            step(a, parameter, bad_gradient)
+            step(a, parameter, bad_gradient)
             assert_same(snapshot(a, parameter), before)
         step(a, parameter, gradient)
         step(b, without, gradient)
@@ -96,9 +92,9 @@ def test_first_gradient_not_finite(everywhere, bad):
     shape = (40, 24)
     parameter, without = weight(shape), weight(shape)
     a, b = make(parameter), make(without)
-    spoiled = torch.full(shape, bad) if everywhere else torch.zeros(shape)
-    spoiled[0, 0] = bad
-    step(a, parameter, spoiled)
+    first = torch.full(shape, bad) if everywhere else torch.zeros(shape)
+    first[0, 0] = bad
+    step(a, parameter, first)
     assert not a.state.get(parameter)
     assert torch.equal(parameter, without)
     for gradient in gradients(shape, 7):

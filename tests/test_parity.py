@@ -6,6 +6,7 @@ import pytest
 import torch
 from fira import FiraAdamW as Published
 
+from conftest import build_llama
 from fira_hf import FiraAdamW
 from reference import gradients, weight
 
@@ -111,18 +112,7 @@ def test_same_network():
 
 
 def test_same_llama():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=88,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    ours = transformers.LlamaForCausalLM(config)
+    ours = build_llama(intermediate_size=88)
     theirs, start = copy.deepcopy(ours), copy.deepcopy(ours)
     # Markov text: each token has four likely followers
     follow = torch.randint(0, 64, (64, 4))

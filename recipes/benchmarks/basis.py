@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from fira_hf.functional import tall
 from fira_hf.subspace import find_bases
-from recipes import files, measure
 from recipes.benchmarks.models import gradient
+from recipes.benchmarks.options import write
 from recipes.benchmarks.quality import load_tokens, train
 
 
@@ -121,10 +121,7 @@ def main(words: list[str] | None = None) -> int:
             after = [row["after"] for row in here]
             table.add_row(str(step), before, f"{statistics.mean(after):.4f}", f"{min(after):.4f}")
     Console().print(table)
-    if options.output:
-        command = ["python", "-m", "recipes.benchmarks.basis", *(words or sys.argv[1:])]
-        content = {"what": options.what, "rows": rows, "provenance": measure.provenance(0, command)}
-        files.write_json(options.output, content)
+    write("basis", words, options, what=options.what, rows=rows)
     return 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +19,11 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from recipes import files, measure
+from recipes import measure
 from recipes.benchmarks.models import SIZES, matrices
 from recipes.benchmarks.optimizers import BUILDERS, build
+from recipes.benchmarks.options import parser as command_line
+from recipes.benchmarks.options import write
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
@@ -68,14 +69,8 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=list(SIZES), default="60m")
-    parser.add_argument("--layers", type=int, help="default: all of the model's")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--rank", type=int, help="default: the published one")
+    parser = command_line(__doc__)
     parser.add_argument("--methods", type=lambda text: text.split(","), default=[n for n in BUILDERS if n != "muon"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args(words)
     for name in options.methods:
         if name not in BUILDERS:
@@ -89,12 +84,7 @@ def main(words: list[str] | None = None) -> int:
             peak = row["peak_low_rank_gradients"]
             table.add_row(name, f"{row['state_bytes']:,}", f"{row['peak_bytes']:,}", f"{peak:.2f}")
     Console().print(table)
-    if options.output:
-        settings = {key: value for key, value in vars(options).items() if key != "output"}
-        command = ["python", "-m", "recipes.benchmarks.memory", *(words or sys.argv[1:])]
-        files.write_json(
-            options.output, {"settings": settings, "bytes": found, "provenance": measure.provenance(0, command)}
-        )
+    write("memory", words, options, bytes=found)
     return 0
 
 

@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +23,10 @@ from torch import nn
 from tqdm import tqdm
 
 from fira_hf.functional import tall
-from recipes import files, measure
 from recipes.benchmarks.models import SIZES, matrices
 from recipes.benchmarks.optimizers import BUILDERS, build
+from recipes.benchmarks.options import parser as command_line
+from recipes.benchmarks.options import write
 
 FLOOR = "floor"
 # What is compared: a name in the table -> optimizer and settings of its group.
@@ -126,17 +126,10 @@ def print_table(found: dict[str, dict[str, Any]], console: Console) -> None:
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=list(SIZES), default="60m")
-    parser.add_argument("--layers", type=int, help="default: all of the model's")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--rank", type=int, help="default: the published one")
+    parser = command_line(__doc__)
     parser.add_argument("--gap", type=int, default=200, help="refresh interval of the average (default: 200)")
     parser.add_argument("--steps", type=int, default=12, help="ordinary steps before and after the refresh")
     parser.add_argument("--methods", type=lambda text: text.split(";"), default=[FLOOR, *CHOICES], help='"a;b;c"')
-    parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args(words)
     for name in options.methods:
         if name not in (FLOOR, *CHOICES):
@@ -145,13 +138,7 @@ def main(words: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     found = run(options)
     print_table(found, Console())
-    if options.output:
-        settings = {key: value for key, value in vars(options).items() if key != "output"}
-        command = ["python", "-m", "recipes.benchmarks.step", *(words or sys.argv[1:])]
-        files.write_json(
-            options.output,
-            {"settings": settings, "milliseconds": found, "provenance": measure.provenance(0, command)},
-        )
+    write("step", words, options, milliseconds=found)
     return 0
 
 

@@ -13,7 +13,6 @@ import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +21,9 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import fira_hf  # noqa: F401  registers optim="fira"
-from recipes import files, measure
 from recipes.benchmarks.models import SIZES
+from recipes.benchmarks.options import parser as command_line
+from recipes.benchmarks.options import write
 
 METHODS = {
     "adamw_torch_fused": "",
@@ -78,20 +78,14 @@ def seconds_a_step(method: str, options: argparse.Namespace, folder: str) -> flo
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=list(SIZES), default="60m")
-    parser.add_argument("--layers", type=int, help="default: all of the model's")
+    parser = command_line(__doc__)
     parser.add_argument("--vocab_size", type=int, default=32000)
-    parser.add_argument("--rank", type=int, help="default: the published one")
     parser.add_argument("--gap", type=int, default=200)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=5, help="measured steps in a repeat")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path)
     options = parser.parse_args(words)
     for method in options.methods:
         if method not in METHODS:
@@ -117,10 +111,7 @@ def main(words: list[str] | None = None) -> int:
         speed = row["tokens_per_second"]
         table.add_row(method, f"{speed:,.0f}", f"{speed / base:.2f}" if base else "-")
     Console().print(table)
-    if options.output:
-        settings = {key: value for key, value in vars(options).items() if key != "output"}
-        provenance = measure.provenance(0, ["python", "-m", "recipes.benchmarks.train", *(words or sys.argv[1:])])
-        files.write_json(options.output, {"settings": settings, "methods": found | failed, "provenance": provenance})
+    write("train", words, options, methods=found | failed)
     return 0
 
 
