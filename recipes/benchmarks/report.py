@@ -100,15 +100,18 @@ def basis_table(content: dict[str, Any]) -> str:
 
 def train_table(content: dict[str, Any]) -> str:
     found = content["methods"]
-    base = found.get("adamw_torch_fused", {}).get("tokens_per_second")
+    base = found.get("adamw-full", {}).get("tokens_per_second")
     rows = []
     for name, row in found.items():
+        keys = ("peak_bytes", "predicted_bytes")
+        memory = [f"{row[key] / 2**30:.2f}" if row.get(key) else "" for key in keys]
         if "error" in row:
-            rows.append([name, f"fails: {row['error'][:80]}", ""])
+            rows.append([name, f"fails: {row['error'][:80]}", "", *memory])
         else:
             speed = row["tokens_per_second"]
-            rows.append([name, f"{speed:,.0f}", f"{speed / base:.2f}" if base else ""])
-    return markdown(["`optim`", "tokens/s", "of fused AdamW"], rows)
+            rows.append([name, f"{speed:,.0f}", f"{speed / base:.2f}" if base else "", *memory])
+    header = ["method", "tokens/s", "of AdamW", "peak, GiB", "predicted peak, GiB"]
+    return markdown(header, rows)
 
 
 def best_runs(content: dict[str, Any]) -> dict[str, dict[float, list[dict[str, Any]]]]:

@@ -1,14 +1,17 @@
-"""Tokens per second of whole Trainer steps: forward, backward and the optimizer.
+"""Tokens per second and peak memory of whole Trainer steps: forward, backward and the optimizer.
 
     python -m recipes.benchmarks.train [--size 60m] [--batch_size 8] [--output FILE]
+    python -m recipes.benchmarks.train --size 7b --dtype bfloat16 --batch_size 1 --gradient_checkpointing --repeats 1
 
 The methods train a LLaMA of random weights on random tokens, turn by turn; the figures are medians of the repeats, and
-leave out the first step, which builds the state. Writes JSON with --output.
+leave out the first step, which builds the state. Memory is predicted from the shapes; on a GPU it is measured as well.
+Writes JSON with --output.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import sys
 import tempfile
@@ -16,19 +19,26 @@ import time
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-import fira_hf  # noqa: F401  registers optim="fira"
+from fira_hf import FiraConfig
+from fira_hf.memory import estimate_memory
 from recipes.benchmarks.models import SIZES
 from recipes.benchmarks.options import parser as command_line
 from recipes.benchmarks.options import write
 
-METHODS = {
-    "adamw_torch_fused": "",
-    "fira": "rank={rank}, update_proj_gap={gap}",
-    "galore_adamw": "rank={rank}, update_proj_gap={gap}, scale=0.25",
+FULL = ["attn", "mlp"]  # parts of the names of the layers that are projected
+LORA = ["lora_A", "lora_B"]
+# method -> whether LoRA wraps the model, the optimizer, its arguments, what it projects
+METHODS: dict[str, tuple[bool, str, str | None, list[str] | None]] = {
+    "adamw-full": (False, "adamw_torch_fused", None, None),
+    "fira-full": (False, "fira", "rank={rank}, update_proj_gap={gap}", FULL),
+    "galore-full": (False, "galore_adamw", "rank={rank}, update_proj_gap={gap}, scale=0.25", FULL),
+    "lora": (True, "adamw_torch_fused", None, None),
+    "fira-on-lora": (True, "fira", "rank=16, update_proj_gap={gap}", LORA),
 }
 
 
@@ -44,28 +54,42 @@ class Clock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-def seconds_a_step(method: str, options: argparse.Namespace, folder: str) -> float:
+def build_model(options: argparse.Namespace, lora: bool, device: str) -> PreTrainedModel:
     size = SIZES[options.size]
-    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=options.vocab_size,
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
         num_hidden_layers=options.layers or size.layers,
-        num_attention_heads=size.hidden // 64,
+        num_attention_heads=size.hidden // 64 if size.hidden % 128 else size.hidden // 128,
         use_cache=False,
     )
-    model = LlamaForCausalLM(config).to(getattr(torch, options.dtype))
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, options.dtype))
+        if lora:  # the published adapter
+            targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+            model = get_peft_model(model, LoraConfig(r=32, lora_alpha=64, lora_dropout=0.05, target_modules=targets))
+    return model
+
+
+def run_once(method: str, options: argparse.Namespace, folder: str) -> dict[str, float]:
+    """Seconds a step, and the measured peak in bytes (0 on the CPU)."""
+    lora, optim, words, targets = METHODS[method]
+    model = build_model(options, lora, options.device)
     tokens = torch.randint(0, options.vocab_size, (options.batch_size, options.sequence_length))
     rows = [{"input_ids": row, "labels": row} for row in tokens] * (options.steps + 1)
     clock = Clock()
+    rank = options.rank or SIZES[options.size].rank
     arguments = TrainingArguments(
         output_dir=folder,
-        optim=method,
-        optim_args=METHODS[method].format(rank=options.rank or size.rank, gap=options.gap) or None,
-        optim_target_modules=["attn", "mlp"] if method != "adamw_torch_fused" else None,
+        optim=optim,
+        optim_args=words and words.format(rank=rank, gap=options.gap),
+        optim_target_modules=targets,
         per_device_train_batch_size=options.batch_size,
         max_steps=options.steps + 1,
+        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         use_cpu=options.device == "cpu",
         save_strategy="no",
         logging_strategy="no",
@@ -73,8 +97,27 @@ def seconds_a_step(method: str, options: argparse.Namespace, folder: str) -> flo
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[clock]).train()
-    return (clock.ends[-1] - clock.ends[0]) / options.steps
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"seconds": (clock.ends[-1] - clock.ends[0]) / options.steps, "peak": peak}
+
+
+def predict(method: str, options: argparse.Namespace) -> int | None:
+    """Peak bytes of the method, from the shapes alone; None for GaLore, whose state fira_hf does not describe."""
+    lora, optim, _, targets = METHODS[method]
+    if optim == "galore_adamw":
+        return None
+    model = build_model(options, lora, "meta")
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if lora:
+            model.enable_input_require_grads()
+    config = None
+    if optim == "fira":
+        config = FiraConfig(rank=16 if lora else options.rank or SIZES[options.size].rank)
+    return estimate_memory(model, config, options.batch_size, options.sequence_length).total
 
 
 def main(words: list[str] | None = None) -> int:
@@ -83,35 +126,47 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--gap", type=int, default=200)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--sequence_length", type=int, default=256)
+    parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--steps", type=int, default=5, help="measured steps in a repeat")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=["adamw-full", "fira-full"])
     options = parser.parse_args(words)
     for method in options.methods:
         if method not in METHODS:
             parser.error(f"there is no method {method!r}; there are {', '.join(METHODS)}")
-    times: dict[str, list[float]] = {method: [] for method in options.methods}
-    failed: dict[str, dict[str, Any]] = {}
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    runs: dict[str, list[dict[str, float]]] = {method: [] for method in options.methods}
+    found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.repeats):
-            for method in [name for name in times if name not in failed]:
+            for method in [name for name in runs if name not in found]:
                 try:
-                    times[method].append(seconds_a_step(method, options, folder))
-                except ImportError as error:
-                    failed[method] = {"error": str(error)}
-    tokens = options.batch_size * options.sequence_length
-    found: dict[str, dict[str, Any]] = {
-        method: {"tokens_per_second": tokens / statistics.median(seconds), "seconds_a_step": seconds}
-        for method, seconds in times.items()
-        if method not in failed
-    }
-    table = Table("method", "tokens/s", "of adamw_torch_fused")
-    base = found.get("adamw_torch_fused", {}).get("tokens_per_second")
-    for method, row in found.items():
-        speed = row["tokens_per_second"]
-        table.add_row(method, f"{speed:,.0f}", f"{speed / base:.2f}" if base else "-")
+                    runs[method].append(run_once(method, options, folder))
+                except (ImportError, torch.OutOfMemoryError) as error:
+                    found[method] = {"error": f"{type(error).__name__}: {error}"}
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+    for method in runs:
+        seconds = [run["seconds"] for run in runs[method]]
+        found[method] = found.get(method) or {
+            "seconds_a_step": seconds,
+            "tokens_per_second": options.batch_size * options.sequence_length / statistics.median(seconds),
+            "peak_bytes": max(run["peak"] for run in runs[method]) or None,
+        }
+        found[method]["predicted_bytes"] = predict(method, options)
+    table = Table("method", "tokens/s", "s a step", "peak, GiB", "predicted, GiB")
+    for method in options.methods:
+        row = found[method]
+        memory = [f"{row[key] / 2**30:.2f}" if row.get(key) else "-" for key in ("peak_bytes", "predicted_bytes")]
+        if "error" in row:
+            table.add_row(method, row["error"], "-", *memory)
+            continue
+        step = f"{statistics.median(row['seconds_a_step']):.3f}"
+        table.add_row(method, f"{row['tokens_per_second']:,.0f}", step, *memory)
     Console().print(table)
-    write("train", words, options, methods=found | failed)
+    write("train", words, options, methods={method: found[method] for method in options.methods})
     return 0
 
 
