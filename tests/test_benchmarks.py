@@ -175,17 +175,8 @@ def test_two_seeds_differ_and_one_repeats(text, tmp_path):
 def test_train_measures_whole_steps(tmp_path):
     path = tmp_path / "train.json"
     words = ["--size", "tiny", "--vocab_size", "64", "--batch_size", "2", "--sequence_length", "8", "--steps", "2"]
-    words += [
-        "--repeats",
-        "1",
-        "--methods",
-        "adamw-full,fira-full,fira-on-lora",
-        "--gradient_checkpointing",
-        "--output",
-        str(path),
-        "--device",
-        "cpu",
-    ]
+    words += ["--repeats", "1", "--methods", "adamw-full,fira-full,fira-on-lora", "--gradient_checkpointing"]
+    words += ["--output", str(path), "--device", "cpu"]
     assert train.main(words) == 0
     found = json.loads(path.read_text())["methods"]
     assert all(row["tokens_per_second"] > 0 for row in found.values())
