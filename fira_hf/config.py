@@ -234,3 +234,14 @@ class FiraConfig:
             if name not in valid:
                 raise ValueError(f"{str(file)!r}: {unknown_name('setting', name, valid)}")
         return cls(**settings)
+
+
+def _defaults(*names: str) -> dict[str, Any]:
+    return {name: FiraConfig.__dataclass_fields__[name].default for name in names}
+
+
+# What a parameter group may set beside AdamW's settings, with the defaults: any group, and one with a rank.
+SHARED_DEFAULTS = _defaults("state_dtype", "stochastic_rounding")
+PROJECTED_DEFAULTS = _defaults(
+    "alpha", "update_proj_gap", "gamma", "projection", "refresh", "moments", "scaling", "residual"
+)

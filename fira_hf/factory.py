@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from .config import FiraConfig
-from .optimizer import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraAdamW
+from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig
+from .optimizer import FiraAdamW
 from .targets import TargetPlan, adamw_state_bytes, find_targets
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,21 +11,10 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from . import functional as F
-from .config import FiraConfig, check_setting, unknown_name
+from .checkpoint import check_checkpoint, pairs
+from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig, check_setting, unknown_name
 from .subspace import find_bases, nearest_rotation
 
-logger = logging.getLogger(__name__)
-
-
-def _defaults(*names: str) -> dict[str, Any]:
-    return {name: FiraConfig.__dataclass_fields__[name].default for name in names}
-
-
-# Settings of every group, and those of a projected one beside its rank, with their defaults.
-SHARED_DEFAULTS = _defaults("state_dtype", "stochastic_rounding")
-PROJECTED_DEFAULTS = _defaults(
-    "alpha", "update_proj_gap", "gamma", "projection", "refresh", "moments", "scaling", "residual"
-)
 ADAM_SETTINGS = ("lr", "betas", "eps", "weight_decay")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -377,60 +365,12 @@ class FiraAdamW(torch.optim.Optimizer):
         Raises:
             ValueError: the checkpoint projects other weights than this optimizer, or with other settings.
         """
-        self._check_checkpoint(state_dict)
+        check_checkpoint(state_dict, self.param_groups)
         super().load_state_dict(state_dict)
-        for index, p in self._pairs(state_dict):
+        for index, p in pairs(state_dict, self.param_groups):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][name] = value.to(p.device, copy=True)
-
-    def _check_checkpoint(self, state_dict: dict[str, Any]) -> None:
-        saved_groups = state_dict["param_groups"]
-        named = all("param_names" in group for group in [*saved_groups, *self.param_groups])
-        saved, own = _projected(saved_groups, named), _projected(self.param_groups, named)
-        if named and saved.keys() == own.keys():
-            for old, new in zip(saved_groups, self.param_groups, strict=False):
-                if len(old["params"]) == len(new["params"]) and old["param_names"] != new["param_names"]:
-                    raise ValueError(
-                        "The checkpoint has the same weights in another order or in other groups: build the optimizer "
-                        "as it was built for the checkpoint."
-                    )
-        sides = (("The checkpoint", "this optimizer", saved, own), ("This optimizer", "the checkpoint", own, saved))
-        for one, other, names, known in sides:
-            extra = sorted(names.keys() - known.keys())
-            if extra:
-                more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
-                raise ValueError(
-                    f"{one} projects {', '.join(extra[:3])}{more}, which {other} does not: resume with the same "
-                    "target modules, or start a new run from the weights."
-                )
-        for name, settings in own.items():
-            for setting, value in settings.items():
-                was = saved[name].get(setting)
-                if was != value:
-                    raise ValueError(
-                        f"The checkpoint was made with {setting}={was!r} for {name}, this optimizer has "
-                        f"{setting}={value!r}: resume with {setting}={was!r}, or start a new run from the weights."
-                    )
-        for index, p in self._pairs(state_dict):
-            state = state_dict["state"].get(index, {})
-            expected = (max(p.shape), min(p.shape)) if "basis" in state else p.shape
-            shape = (len(state["exp_avg"]), len(state["basis"])) if "basis" in state else state.get("exp_avg", p).shape
-            if tuple(shape) != tuple(expected):
-                raise ValueError(
-                    f"The checkpoint holds the state of a weight of another shape than this model's {tuple(p.shape)}: "
-                    "resume with the model that it was made with."
-                )
-        for old, new in zip(saved_groups, self.param_groups, strict=False):
-            for setting in ("initial_lr", "betas", "eps", "weight_decay"):
-                if setting in old and setting in new and old[setting] != new[setting]:
-                    logger.warning("%s=%s of the checkpoint replaces %s.", setting, old[setting], new[setting])
-
-    def _pairs(self, state_dict: dict[str, Any]) -> list[tuple[int, Tensor]]:
-        """Index in the state dict and parameter here, for each; torch refuses another number of them by itself."""
-        saved = (index for group in state_dict["param_groups"] for index in group["params"])
-        own = (p for group in self.param_groups for p in group["params"])
-        return list(zip(saved, own, strict=False))
 
 
 def _batches(parameters: list[Any], rank: int) -> Iterator[list[Any]]:
@@ -455,15 +395,3 @@ def _generator(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> torch
     if group["state_dtype"] != "float32" or (group["stochastic_rounding"] and p.dtype == torch.bfloat16):
         return torch.Generator(p.device).manual_seed(_next_seed(state))
     return None
-
-
-def _projected(groups: list[dict[str, Any]], named: bool) -> dict[str, dict[str, Any]]:
-    """Name (or position) of each projected parameter -> the settings of its projection."""
-    return {
-        group["param_names"][i] if named else f"parameter {i} of group {g}": {
-            name: group.get(name) for name in ("rank", *PROJECTED_DEFAULTS)
-        }
-        for g, group in enumerate(groups)
-        if "rank" in group
-        for i in range(len(group["params"]))
-    }
