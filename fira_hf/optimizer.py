@@ -18,8 +18,10 @@ from .subspace import find_bases, nearest_rotation
 ADAM_SETTINGS = ("lr", "betas", "eps", "weight_decay")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Matrices of one shape are taken together up to this many elements of their low-rank gradients.
-BATCH = 2**20
+# Matrices of one shape are taken together up to this many elements of their low-rank gradients: on the CPU what its
+# cache holds, elsewhere enough that starting the operations does not take longer than the operations.
+BATCH = {"cpu": 2**18}
+BATCH_ELSEWHERE = 2**22
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STATISTICS = ("limiter_active", "captured_energy", "residual_share")
 
@@ -378,8 +380,8 @@ def _batches(parameters: list[Any], rank: int) -> Iterator[list[Any]]:
     alike: dict[Any, list[Any]] = defaultdict(list)
     for p in parameters:
         alike[max(p.shape), min(p.shape), p.dtype, p.grad.dtype, p.device].append(p)
-    for (long, short, *_), members in alike.items():
-        size = max(1, BATCH // (long * min(rank, short)))
+    for (long, short, *_, device), members in alike.items():
+        size = max(1, BATCH.get(device.type, BATCH_ELSEWHERE) // (long * min(rank, short)))
         for i in range(0, len(members), size):
             yield members[i : i + size]
 
