@@ -20,12 +20,13 @@ from transformers.trainer_callback import ExportableState
 import fira_hf
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
+PEERS = ("fira", "galore-torch", "apollo-torch", "pytorch_optimizer")
 
 
 def provenance(seed: int, command: list[str]) -> dict[str, Any]:
     """Enough to run it again and to compare timings fairly. Holds no absolute path."""
     return {
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, *filter(_is_installed, PEERS))}
         | {"fira_hf": fira_hf.__version__, "python": platform.python_version()},
         "commit": _commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
@@ -35,6 +36,14 @@ def provenance(seed: int, command: list[str]) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(os.path.relpath(word) if os.path.isabs(word) else word for word in command),
     }
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _cpu() -> str:
@@ -50,7 +59,8 @@ def _commit() -> str | None:
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        tracked = [*git, "status", "--porcelain", "--untracked-files=no"]
+        changes = subprocess.run(tracked, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+" if changes.strip() else "")

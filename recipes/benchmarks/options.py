@@ -30,7 +30,8 @@ def write(script: str, words: list[str] | None, options: argparse.Namespace, **f
     """What was found, with settings and provenance, to --output if that is given."""
     if options.output is None:
         return
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    told = {key: value for key, value in vars(options).items() if key not in ("output", "data_dir", "cache")}
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in told.items()}
     command = ["python", "-m", f"recipes.benchmarks.{script}", *(sys.argv[1:] if words is None else words)]
     provenance = measure.provenance(0, command)
     files.write_json(options.output, {"settings": settings, **found, "provenance": provenance})
