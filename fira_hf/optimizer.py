@@ -18,9 +18,9 @@ from .subspace import find_bases, nearest_rotation
 ADAM_SETTINGS = ("lr", "betas", "eps", "weight_decay")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# Matrices of one shape are taken together up to this many elements of their low-rank gradients: on the CPU what its
-# cache holds, elsewhere enough that starting the operations does not take longer than the operations.
-BATCH = {"cpu": 2**18}
+# Matrices of one shape are taken together up to this many elements of their low-rank gradients: 4 MiB on the CPU,
+# elsewhere enough that starting the operations does not take longer than the operations.
+BATCH = {"cpu": 2**20}
 BATCH_ELSEWHERE = 2**22
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STATISTICS = ("limiter_active", "captured_energy", "residual_share")
