@@ -175,35 +175,40 @@ class FiraAdamW(torch.optim.Optimizer):
 
     def _step_projected(self, parameters: list[Any], group: dict[str, Any], places: dict[Any, dict[str, int]]) -> None:
         """One step of matrices of one shape and dtype; what is low-rank is stacked along a first dimension."""
+        refreshable = [p for p in parameters if self.state.get(p, {}).get("refresh_in", 0) == 0]
+        if refreshable:
+            norms = torch.stack([F.row_norms(F.tall(p.grad)) for p in refreshable])
+            usable = F.are_usable(norms).tolist()
+            self._refresh([p for p, ok in zip(refreshable, usable, strict=True) if ok], group, places)
+        parameters = [p for p in parameters if self.state.get(p)]
+        if not parameters:
+            return
+        states = [self.state[p] for p in parameters]
         grads = [F.tall(p.grad) for p in parameters]
-        G_norms = torch.stack([F.row_norms(G) for G in grads])
+        bases = [state["basis"].float() for state in states]
+        R = bases[0].new_empty(len(grads), len(grads[0]), bases[0].shape[1])
+        row_norms = []
+        for G, Q, out in zip(grads, bases, R, strict=True):
+            F.project(G, Q, out)
+            row_norms.append(F.row_norms(G))  # now, while the gradient is in the cache
+        G_norms = torch.stack(row_norms)
+
         active: Tensor | None = F.are_usable(G_norms)
         assert active is not None
-        # On the CPU a look at the gradients costs nothing. Elsewhere the host looks only where a basis may be due;
-        # in an ordinary step the device decides by itself.
-        refreshable = [self.state.get(p, {}).get("refresh_in", 0) == 0 for p in parameters]
-        if any(refreshable) or parameters[0].device.type == "cpu":
-            usable = active.tolist()
-            self._refresh(
-                [p for p, may, ok in zip(parameters, refreshable, usable, strict=True) if may and ok], group, places
-            )
-            keep = [i for i, p in enumerate(parameters) if usable[i] and self.state.get(p)]
+        if parameters[0].device.type == "cpu":
+            # Here a look at the gradients costs nothing. Elsewhere the device decides by itself.
+            keep = active.nonzero().flatten().tolist()
             if not keep:
                 return
             if len(keep) < len(parameters):
-                parameters, grads, G_norms = [parameters[i] for i in keep], [grads[i] for i in keep], G_norms[keep]
+                R, G_norms = R[keep], G_norms[keep]
+                parameters, states, grads, bases = ([x[i] for i in keep] for x in (parameters, states, grads, bases))
             active = None
-        states = [self.state[p] for p in parameters]
         for state in states:
-            state["refresh_in"] -= 1
+            state["refresh_in"] = max(0, state["refresh_in"] - 1)
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, 1.0 if active is None else list(active.float()))
         eta = F.step_size(group["lr"], group["betas"], torch.stack(steps).view(-1, 1, 1))
-
-        bases = [state["basis"].float() for state in states]
-        R = G_norms.new_empty(len(grads), len(grads[0]), bases[0].shape[1])
-        for G, Q, out in zip(grads, bases, R, strict=True):
-            F.project(G, Q, out)
         if active is not None:
             mask = active.view(-1, 1, 1)
             R, G_norms, eta = (torch.where(mask, x, 0.0) for x in (R, G_norms, eta))
