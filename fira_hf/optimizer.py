@@ -22,7 +22,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 # elsewhere enough that starting the operations does not take longer than the operations.
 BATCH = {"cpu": 2**20}
 BATCH_ELSEWHERE = 2**22
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STATISTICS = ("limiter_active", "captured_energy", "residual_share")
 
 
@@ -263,7 +262,7 @@ class FiraAdamW(torch.optim.Optimizer):
             bases = find_bases(grads, group["rank"], method, previous, seeds)
             for (p, state, wait), Q_old, Q in zip(chosen, previous, bases, strict=True):
                 if Q is not None and Q_old is None:
-                    dtype = STATE_DTYPES[group["state_dtype"]]
+                    dtype = getattr(torch, group["state_dtype"])
                     moments = {name: Q.new_zeros(max(p.shape), Q.shape[1], dtype=dtype) for name in MOMENTS}
                     state.update(moments, step=Q.new_zeros(()), residual_norm=Q.new_full((), torch.inf))
                     state["basis"] = Q.to(dtype)
@@ -305,7 +304,7 @@ class FiraAdamW(torch.optim.Optimizer):
         states = []
         for p in parameters:
             if not self.state.get(p):
-                dtype = STATE_DTYPES[group["state_dtype"]]
+                dtype = getattr(torch, group["state_dtype"])
                 moments = {name: torch.zeros_like(p, dtype=dtype) for name in MOMENTS}
                 self.state[p] = {"step": torch.zeros((), device=p.device), **moments, **places[p]}
             states.append(self.state[p])

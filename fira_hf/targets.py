@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from .config import ALL_LINEAR, FiraConfig
@@ -248,7 +249,7 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
             f"{config.target_modules!r}, or what restricts it."
         )
 
-    itemsize = FP32 if config.state_dtype == "float32" else FP32 // 2
+    itemsize = getattr(torch, config.state_dtype).itemsize
     plan = TargetPlan([], [])
     kinds = {p: module for module in model.modules() for p in module.parameters(recurse=False)}
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}

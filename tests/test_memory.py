@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from allocations import allocations, peak
 from conftest import build_llama
 from fira_hf import FiraConfig
 from fira_hf.memory import estimate_memory
+from recipes.benchmarks.memory import allocations, peak
 
 
 def wrap_in_lora(model):
@@ -39,7 +39,7 @@ def test_the_peak_of_a_step_is_predicted_within_five_percent(wrap, checkpointing
 
     step()
     model.zero_grad()
-    measured = peak(allocations(lambda: model(input_ids=tokens, labels=tokens).loss.backward(), warm=False))
+    measured = peak(allocations(lambda: model(input_ids=tokens, labels=tokens).loss.backward()))
     assert estimate.gradients + estimate.activations == pytest.approx(measured, rel=0.05)
 
 

@@ -9,6 +9,7 @@ Counted, not sampled: every tensor in the state, and every allocation during one
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -26,21 +27,27 @@ from recipes.benchmarks.options import parser as command_line
 from recipes.benchmarks.options import write
 
 
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """Most bytes allocated at one time by the function, beyond what was allocated before."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
+def allocations(function: Callable[[], Any]) -> list[int]:
+    """Sizes in bytes, in order, of what the CPU allocator gives (+) and takes back (-) while the function runs."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = highest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
-    return highest
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def peak(sizes: list[int]) -> int:
+    """Most bytes held at one time, beyond what was held before."""
+    return max(itertools.accumulate(sizes, initial=0))
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """Most bytes allocated at one time by the function, beyond what was allocated before."""
+    if not torch.cuda.is_available():
+        return peak(allocations(function))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:

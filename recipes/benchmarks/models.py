@@ -10,21 +10,22 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Size:
-    """Width, width of the MLP, number of layers, and the rank of the published pre-training."""
+    """Width, width of the MLP, attention heads, layers, and the rank of the published pre-training."""
 
     hidden: int
     intermediate: int
+    heads: int
     layers: int
     rank: int
 
 
 SIZES = {
-    "tiny": Size(64, 172, 2, 16),  # to try a benchmark out
-    "60m": Size(512, 1376, 8, 128),
-    "130m": Size(768, 2048, 12, 256),
-    "350m": Size(1024, 2736, 24, 256),
-    "1b": Size(2048, 5461, 24, 512),
-    "7b": Size(4096, 11008, 32, 128),
+    "tiny": Size(64, 172, 1, 2, 16),  # to try a benchmark out
+    "60m": Size(512, 1376, 8, 8, 128),
+    "130m": Size(768, 2048, 12, 12, 256),
+    "350m": Size(1024, 2736, 16, 24, 256),
+    "1b": Size(2048, 5461, 32, 24, 512),
+    "7b": Size(4096, 11008, 32, 32, 128),
 }
 
 

@@ -61,7 +61,7 @@ def build_model(options: argparse.Namespace, lora: bool, device: str) -> PreTrai
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
         num_hidden_layers=options.layers or size.layers,
-        num_attention_heads=size.hidden // 64 if size.hidden % 128 else size.hidden // 128,
+        num_attention_heads=size.heads,
         use_cache=False,
     )
     torch.manual_seed(0)
