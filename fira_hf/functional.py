@@ -46,9 +46,20 @@ def tall(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.t()
 
 
+def column_major(Q: Tensor) -> Tensor:
+    """A copy whose columns are contiguous, the layout in which products with Q are fastest on a CPU."""
+    return Q.t().clone(memory_format=torch.contiguous_format).t()
+
+
 def row_norms(matrix: Tensor) -> Tensor:
     """Norm of each row, fp32: (..., rows, columns) -> (..., rows, 1)."""
-    return torch.linalg.vector_norm(matrix, dim=-1, keepdim=True, dtype=torch.float32)
+    if matrix.ndim > 2 or matrix.is_contiguous():
+        return torch.linalg.vector_norm(matrix, dim=-1, keepdim=True, dtype=torch.float32)
+    # Row by row through a transposed view, torch takes several times as long as for the sum of squared rows.
+    sums = torch.zeros(len(matrix), dtype=torch.float32, device=matrix.device)
+    for rows in row_blocks(matrix.t(), size=min(BLOCK, matrix.numel()) // 8):
+        sums += rows.float().square().sum(0)
+    return sums.sqrt_().unsqueeze(1)
 
 
 def total_norms(norms: Tensor) -> Tensor:
@@ -176,10 +187,10 @@ def store(target: Tensor, value: Tensor, generator: torch.Generator | None = Non
     target.copy_(value)
 
 
-def row_blocks(tensor: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Views of consecutive rows: about `BLOCK` elements each, or as many rows as in the blocks of `like`."""
+def row_blocks(tensor: Tensor, like: Tensor | None = None, size: int = 0) -> tuple[Tensor, ...]:
+    """Views of consecutive rows: about `size` (`BLOCK`) elements each, or as many rows as in the blocks of `like`."""
     shape = (tensor if like is None else like).shape
-    rows = max(1, BLOCK // max(1, shape[1:].numel()))
+    rows = max(1, (size or BLOCK) // max(1, shape[1:].numel()))
     return (tensor,) if rows >= len(tensor) else tensor.split(rows)
 
 

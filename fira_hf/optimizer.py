@@ -376,7 +376,8 @@ class FiraAdamW(torch.optim.Optimizer):
         for index, p in pairs(state_dict, self.param_groups):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
-                    self.state[p][name] = value.to(p.device, copy=True)
+                    copy = F.column_major if name == "basis" else torch.clone
+                    self.state[p][name] = copy(value.to(p.device))
 
 
 def _batches(parameters: list[Any], rank: int) -> Iterator[list[Any]]:

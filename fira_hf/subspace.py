@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .functional import project, row_blocks, tall
+from .functional import column_major, project, row_blocks, tall
 
 # Up to this many columns the exact basis, from the Gram matrix, is cheaper than a power iteration.
 EXACT = 64
 # Largest accepted entry of Q^T Q - I. Two passes of CholeskyQR in fp32, or one decomposition, come out below 1e-5.
-TOLERANCE = 1e-4
+TOLERANCE = 2e-5
 
 Bases = list[Tensor | None]
 
@@ -20,7 +20,7 @@ Bases = list[Tensor | None]
 def find_bases(
     grads: Sequence[Tensor], rank: int, method: str, previous: Sequence[Tensor | None], seeds: Sequence[int]
 ) -> Bases:
-    """New bases, each (short, min(rank, short)) fp32 and contiguous, for gradients of one shape.
+    """New bases, each (short, min(rank, short)) fp32 and column-major, for gradients of one shape.
 
     The gradients are as stored (not transposed), finite and not zero, of any float dtype. `previous` holds the bases
     so far, None at a first refresh; `seeds` is for what is drawn at random, one a gradient. None comes back where no
@@ -118,13 +118,15 @@ def _orthonormalize(Y: Tensor) -> Bases:
     tiny = torch.finfo(torch.float32).tiny
     Y = Y / Y.abs().amax(dim=(-2, -1), keepdim=True).clamp_(min=tiny)
     Q = Y / torch.linalg.vector_norm(Y, dim=-2, keepdim=True).clamp_(min=tiny)
+    eye = torch.eye(Y.shape[-1], device=Y.device).expand(len(Y), -1, -1)
     for _ in range(2):
-        # cholesky_ex does not raise: what it could not factorise shows in the test below.
+        # cholesky_ex does not raise: what it could not factorise shows in the test below. A product with the inverse
+        # of the small factor takes half as long as solving for all of Q.
         L = torch.linalg.cholesky_ex(Q.mT @ Q).L
-        Q = torch.linalg.solve_triangular(L.mT, Q, upper=True, left=False)
+        Q = Q @ torch.linalg.solve_triangular(L, eye, upper=False).mT
     good = _orthogonality_error(Q) <= TOLERANCE  # False for NaN, too
     return [
-        q.contiguous() if ok else _in_fp32_or_fp64(lambda y: torch.linalg.qr(y).Q, y)
+        column_major(q) if ok else _in_fp32_or_fp64(lambda y: torch.linalg.qr(y).Q, y)
         for q, y, ok in zip(Q, Y, good.tolist(), strict=True)
     ]
 
@@ -138,7 +140,7 @@ def _in_fp32_or_fp64(decompose: Callable[[Tensor], Tensor], matrix: Tensor) -> T
     """decompose(matrix), computed in fp32, or in fp64 where fp32 fails; None where neither gives a basis."""
     for dtype in (torch.float32, torch.float64):
         try:
-            Q = decompose(matrix.to(dtype)).float().contiguous()
+            Q = column_major(decompose(matrix.to(dtype)).float())
         except torch.linalg.LinAlgError:
             continue
         if _orthogonality_error(Q) <= TOLERANCE:
