@@ -10,7 +10,6 @@ there: the same command continues an interrupted experiment, and commands with d
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import os
 import sys
@@ -182,8 +181,10 @@ def main(words: list[str] | None = None) -> int:
         if name not in variants:
             parser.error(f"there is no variant {name!r}; there are {', '.join(variants)}")
     data = load_tokens(options.data_dir, options.output_dir / "data", experiment["vocab_size"])
-    for name, seed in itertools.product(names, options.seeds):
-        for lr in variants[name]["learning_rates"]:
+    # The first learning rate of every variant comes before the second of any: the table is of use early.
+    runs = [(n, name, lr) for name in names for n, lr in enumerate(variants[name]["learning_rates"])]
+    for _, name, lr in sorted(runs, key=lambda run: run[0]):
+        for seed in options.seeds:
             path = options.output_dir / f"{name}-lr{lr:g}-seed{seed}.json"
             if path.is_file():
                 continue
