@@ -46,9 +46,11 @@ def check_checkpoint(state_dict: dict[str, Any], param_groups: list[dict[str, An
                 )
     for index, p in pairs(state_dict, param_groups):
         state = state_dict["state"].get(index, {})
-        expected = (max(p.shape), min(p.shape)) if "basis" in state else p.shape
-        shape = (len(state["exp_avg"]), len(state["basis"])) if "basis" in state else state.get("exp_avg", p).shape
-        if tuple(shape) != tuple(expected):
+        expected, shape = tuple(p.shape), tuple(state.get("exp_avg", p).shape)
+        if "basis" in state:
+            expected = (*p.shape[:-2], max(p.shape[-2:]), min(p.shape[-2:]))
+            shape = (*shape[:-1], state["basis"].shape[-2])
+        if shape != expected:
             raise ValueError(
                 f"The checkpoint holds the state of a weight of another shape than this model's {tuple(p.shape)}: "
                 "resume with the model that it was made with."

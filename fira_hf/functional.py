@@ -47,8 +47,8 @@ def tall(matrix: Tensor) -> Tensor:
 
 
 def column_major(Q: Tensor) -> Tensor:
-    """A copy whose columns are contiguous, the layout in which products with Q are fastest on a CPU."""
-    return Q.t().clone(memory_format=torch.contiguous_format).t()
+    """A copy of (..., short, r) with contiguous columns, the layout in which products with Q are fastest on a CPU."""
+    return Q.mT.clone(memory_format=torch.contiguous_format).mT
 
 
 def row_norms(matrix: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 # elsewhere enough that starting the operations does not take longer than the operations.
 BATCH = {"cpu": 2**20}
 BATCH_ELSEWHERE = 2**22
+# Parameter -> the plain numbers that its state begins with.
+Places = dict[Any, dict[str, Any]]
 STATISTICS = ("limiter_active", "captured_energy", "residual_share")
 
 
@@ -29,7 +31,8 @@ class FiraAdamW(torch.optim.Optimizer):
     """AdamW in which the weights of some groups are trained by Fira (arXiv 2410.01623): moments in a low-rank subspace
     of the gradient, and the rest of the gradient, scaled and limited in growth, applied beside them.
 
-    A group with the key `rank` is projected; its parameters are matrices, and it may set `alpha`, `update_proj_gap`,
+    A group with the key `rank` is projected; its parameters are matrices, or stacks of matrices (3-D, such as the
+    experts of a layer) of which each is projected by itself; it may set `alpha`, `update_proj_gap`,
     `gamma`, `projection`, `refresh`, `moments`, `scaling` and `residual`, which mean and default to what they do in
     `FiraConfig`. A group without `rank` is AdamW by torch's formulas. Every group may set `state_dtype` and
     `stochastic_rounding`. With `projection="svd"`, `refresh="together"`, `moments="kept"` and fp32 weights, projected
@@ -47,6 +50,9 @@ class FiraAdamW(torch.optim.Optimizer):
         exp_avg        long x r        first moment of G Q
         exp_avg_sq     long x r        second moment of G Q
         residual_norm  0-dim           norm of the last residual, as limited; infinite: none, or a negligible one
+
+    The state of a stack has one more dimension in front, and lists of `phase` and `refresh_in`; `refresh_in` is None
+    for a matrix that has had no gradient yet.
 
     A weight of a group without `rank` has `step`, `seed`, and `exp_avg` and `exp_avg_sq` of its own shape.
 
@@ -115,10 +121,10 @@ class FiraAdamW(torch.optim.Optimizer):
                     f"Parameter group: stochastic_rounding=True is for bf16 weights, but {name} is of fp16: convert "
                     "the model to bf16, or leave it out."
                 )
-            if "rank" in group and parameter.ndim != 2:
+            if "rank" in group and parameter.ndim not in (2, 3):
                 raise ValueError(
                     f"Parameter group: {name} of shape {tuple(parameter.shape)} cannot be projected, only matrices "
-                    "can: put it into a group without 'rank'."
+                    "and stacks of them (3-D) can: put it into a group without 'rank'."
                 )
 
     @torch.no_grad()
@@ -128,13 +134,13 @@ class FiraAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        places: dict[Any, dict[str, int]] | None = None
+        places: Places | None = None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             for p in parameters:
                 if p.grad.is_sparse:
                     raise RuntimeError("FiraAdamW does not take sparse gradients: use sparse=False in the embedding.")
-                if hasattr(p, "device_mesh") or ("rank" in group and p.ndim != 2):
+                if hasattr(p, "device_mesh") or ("rank" in group and p.ndim not in (2, 3)):
                     raise RuntimeError(
                         "FiraAdamW cannot train sharded or flattened weights (FSDP, DeepSpeed, tensor parallel): use "
                         "one device or DDP."
@@ -146,45 +152,49 @@ class FiraAdamW(torch.optim.Optimizer):
             # Under autocast the products would be taken in half precision.
             with torch.autocast(parameters[0].device.type, enabled=False):
                 if "rank" in group:
-                    for batch in _batches(parameters, group["rank"]):
+                    matrices = [matrix for p in parameters for matrix in _matrices(p, self.state.get(p))]
+                    for batch in _batches(matrices, group["rank"]):
                         self._step_projected(batch, group, places or {})
                 else:
                     self._step_dense(parameters, group, places or {})
         return loss
 
-    def _places(self) -> dict[Any, dict[str, int]]:
+    def _places(self) -> Places:
         """The plain numbers that each parameter's state begins with, from its place among all parameters.
 
         seed: for what is drawn at random. phase: the update, counted from 0, before which the basis is first
         refreshed, and then every `update_proj_gap`; staggered, so that each update has its share of the work.
         """
-        places: dict[Any, dict[str, int]] = {}
+        places: Places = {}
         staggered = [group for group in self.param_groups if group.get("refresh") == "staggered"]
         total = sum(p.numel() * group["rank"] for group in staggered for p in group["params"])
         before = 0
         for group in self.param_groups:
             for p in group["params"]:
                 places[p] = {"seed": len(places)}
-                if group.get("refresh") == "staggered":
-                    places[p]["phase"] = 1 + group["update_proj_gap"] * before // total
-                    before += p.numel() * group["rank"]
-                elif "rank" in group:
-                    places[p]["phase"] = 0
+                if "rank" not in group:
+                    continue
+                phases = []
+                for _ in range(len(p) if p.ndim == 3 else 1):
+                    phases.append(0)
+                    if group["refresh"] == "staggered":
+                        phases[-1] = 1 + group["update_proj_gap"] * before // total
+                        before += p.shape[-2] * p.shape[-1] * group["rank"]
+                places[p]["phase"] = phases if p.ndim == 3 else phases[0]
         return places
 
-    def _step_projected(self, parameters: list[Any], group: dict[str, Any], places: dict[Any, dict[str, int]]) -> None:
+    def _step_projected(self, matrices: list[_Matrix], group: dict[str, Any], places: Places) -> None:
         """One step of matrices of one shape and dtype; what is low-rank is stacked along a first dimension."""
-        refreshable = [p for p in parameters if self.state.get(p, {}).get("refresh_in", 0) == 0]
+        refreshable = [matrix for matrix in matrices if not matrix.begun or matrix["refresh_in"] == 0]
         if refreshable:
-            norms = torch.stack([F.row_norms(F.tall(p.grad)) for p in refreshable])
+            norms = torch.stack([F.row_norms(F.tall(matrix.grad)) for matrix in refreshable])
             usable = F.are_usable(norms).tolist()
-            self._refresh([p for p, ok in zip(refreshable, usable, strict=True) if ok], group, places)
-        parameters = [p for p in parameters if self.state.get(p)]
-        if not parameters:
+            self._refresh([matrix for matrix, ok in zip(refreshable, usable, strict=True) if ok], group, places)
+        matrices = [matrix for matrix in matrices if matrix.begun]
+        if not matrices:
             return
-        states = [self.state[p] for p in parameters]
-        grads = [F.tall(p.grad) for p in parameters]
-        bases = [state["basis"].float() for state in states]
+        grads = [F.tall(matrix.grad) for matrix in matrices]
+        bases = [matrix["basis"].float() for matrix in matrices]
         R = bases[0].new_empty(len(grads), len(grads[0]), bases[0].shape[1])
         row_norms = []
         for G, Q, out in zip(grads, bases, R, strict=True):
@@ -194,24 +204,25 @@ class FiraAdamW(torch.optim.Optimizer):
 
         active: Tensor | None = F.are_usable(G_norms)
         assert active is not None
-        if parameters[0].device.type == "cpu":
+        if matrices[0].parameter.device.type == "cpu":
             # Here a look at the gradients costs nothing. Elsewhere the device decides by itself.
             keep = active.nonzero().flatten().tolist()
             if not keep:
                 return
-            if len(keep) < len(parameters):
+            if len(keep) < len(matrices):
                 R, G_norms = R[keep], G_norms[keep]
-                parameters, states, grads, bases = ([x[i] for i in keep] for x in (parameters, states, grads, bases))
+                matrices, grads, bases = ([x[i] for i in keep] for x in (matrices, grads, bases))
             active = None
-        for state in states:
-            state["refresh_in"] = max(0, state["refresh_in"] - 1)
-        steps = [state["step"] for state in states]
+        for matrix in matrices:
+            matrix["refresh_in"] = max(0, matrix["refresh_in"] - 1)
+        steps = [matrix["step"] for matrix in matrices]
         torch._foreach_add_(steps, 1.0 if active is None else list(active.float()))
         eta = F.step_size(group["lr"], group["betas"], torch.stack(steps).view(-1, 1, 1))
         if active is not None:
             mask = active.view(-1, 1, 1)
             R, G_norms, eta = (torch.where(mask, x, 0.0) for x in (R, G_norms, eta))
-        M, V = ([state[name].float() for state in states] for name in MOMENTS)
+        stored = [[matrix[name] for matrix in matrices] for name in MOMENTS]
+        M, V = ([moment.float() for moment in moments] for moments in stored)
         N = F.direction(R, M, V, group["betas"], group["eps"], active)
         R_norms, N_norms = F.row_norms(R), F.row_norms(N)
 
@@ -220,7 +231,7 @@ class FiraAdamW(torch.optim.Optimizer):
         s, k = (1.0, alpha) if group["residual"] == "reference" else (alpha, 1.0)
         phi = F.residual_scale(N_norms, R_norms, group["scaling"])
         norm = F.residual_norm(phi, G_norms, R_norms, k)
-        histories = [state["residual_norm"] for state in states]
+        histories = [matrix["residual_norm"] for matrix in matrices]
         previous = torch.stack(histories).view(-1, 1, 1)
         c, limited_norm = F.limit(norm, previous, group["gamma"])
         if active is not None:
@@ -230,62 +241,73 @@ class FiraAdamW(torch.optim.Optimizer):
         B = phi * (s * c * eta)
         A = N.mul_(alpha * eta).addcmul_(B, R, value=-k)
         decay = 1 - group["lr"] * group["weight_decay"]
-        for i, (p, G, state) in enumerate(zip(parameters, grads, states, strict=True)):
+        for i, (matrix, G) in enumerate(zip(matrices, grads, strict=True)):
             on = None if active is None else active[i]
-            generator = _generator(p, state, group)
-            F.store(state["exp_avg"], M[i], generator)
-            F.store(state["exp_avg_sq"], V[i], generator)
+            generator = _generator(matrix.parameter, matrix.state, group)
+            for moments, new in zip(stored, (M, V), strict=True):
+                F.store(moments[i], new[i], generator)
             at_random = generator if group["stochastic_rounding"] else None
-            F.apply_update(F.tall(p), G, A[i], bases[i], B[i], decay, on, at_random)
+            F.apply_update(F.tall(matrix.weight), G, A[i], bases[i], B[i], decay, on, at_random)
         if self.track_statistics:
             self._add_statistics(G_norms, R_norms, alpha * N_norms, s * c * norm, c, active)
 
-    def _refresh(self, parameters: list[Any], group: dict[str, Any], places: dict[Any, dict[str, int]]) -> None:
+    def _refresh(self, matrices: list[_Matrix], group: dict[str, Any], places: Places) -> None:
         """Finds the bases that are due, and creates the state with the first one. Reads `step` on the host."""
         gap = group["update_proj_gap"]
-        due: dict[str, list[tuple[Any, dict[str, Any], int]]] = defaultdict(list)
-        for p in parameters:
-            state: dict[str, Any] = self.state.get(p) or {**places[p]}
-            done = int(state["step"].item()) if "step" in state else 0
-            wait = (state["phase"] - done) % gap or gap
-            if "step" not in state:
+        due: dict[str, list[tuple[_Matrix, int]]] = defaultdict(list)
+        for matrix in matrices:
+            if not matrix.state:
+                matrix.state.update(places[matrix.parameter])
+            done = int(matrix["step"].item()) if matrix.begun else 0
+            wait = (matrix["phase"] - done) % gap or gap
+            if not matrix.begun:
                 # All need their first basis at once: where refreshes are staggered, it has to be a cheap one.
-                due["sketch" if group["refresh"] == "staggered" else group["projection"]].append((p, state, wait))
+                due["sketch" if group["refresh"] == "staggered" else group["projection"]].append((matrix, wait))
             elif wait == gap:
-                due[group["projection"]].append((p, state, wait))
+                due[group["projection"]].append((matrix, wait))
             else:
-                state["refresh_in"] = wait
+                matrix["refresh_in"] = wait
         for method, chosen in due.items():
-            grads = [p.grad for p, _, _ in chosen]
-            previous = [state["basis"].float() if "basis" in state else None for _, state, _ in chosen]
-            seeds = [_next_seed(state) for _, state, _ in chosen]
+            grads = [matrix.grad for matrix, _ in chosen]
+            previous = [matrix["basis"].float() if matrix.begun else None for matrix, _ in chosen]
+            seeds = [_next_seed(matrix.state) for matrix, _ in chosen]
             bases = find_bases(grads, group["rank"], method, previous, seeds)
-            for (p, state, wait), Q_old, Q in zip(chosen, previous, bases, strict=True):
+            for (matrix, wait), Q_old, Q in zip(chosen, previous, bases, strict=True):
                 if Q is not None and Q_old is None:
-                    dtype = getattr(torch, group["state_dtype"])
-                    moments = {name: Q.new_zeros(max(p.shape), Q.shape[1], dtype=dtype) for name in MOMENTS}
-                    state.update(moments, step=Q.new_zeros(()), residual_norm=Q.new_full((), torch.inf))
-                    state["basis"] = Q.to(dtype)
-                    self.state[p] = state
+                    self._begin(matrix, Q, group)
                 elif Q is not None and Q_old is not None:
-                    self._change_basis(p, state, Q_old, Q, group)
-                if "step" in state:
-                    state["refresh_in"] = wait
+                    self._change_basis(matrix, Q_old, Q, group)
+                if matrix.begun:
+                    matrix["refresh_in"] = wait
 
-    def _change_basis(self, p: Any, state: dict[str, Any], Q_old: Tensor, Q: Tensor, group: dict[str, Any]) -> None:
+    def _begin(self, matrix: _Matrix, Q: Tensor, group: dict[str, Any]) -> None:
+        p, state = matrix.parameter, matrix.state
+        if "basis" not in state:
+            dtype = getattr(torch, group["state_dtype"])
+            stack, short, long = p.shape[:-2], *sorted(p.shape[-2:])
+            state["refresh_in"] = [None] * len(p) if stack else None
+            state |= {name: Q.new_zeros(*stack, long, Q.shape[1], dtype=dtype) for name in MOMENTS}
+            state["step"] = Q.new_zeros(stack)
+            state["residual_norm"] = Q.new_full(stack, torch.inf)
+            state["basis"] = Q.new_zeros(*stack, Q.shape[1], short, dtype=dtype).mT
+            self.state[p] = state
+        matrix["refresh_in"] = 0
+        matrix["basis"].copy_(Q)
+
+    def _change_basis(self, matrix: _Matrix, Q_old: Tensor, Q: Tensor, group: dict[str, Any]) -> None:
         C = Q_old.t() @ Q
         if group["moments"] == "aligned":
             Q = Q @ nearest_rotation(C.t())
         elif group["moments"] == "rotated":
-            b1, b2 = (F.bias_correction(beta, state["step"]) for beta in group["betas"])
-            M, V = (state[name].float() for name in MOMENTS)
+            b1, b2 = (F.bias_correction(beta, matrix["step"]) for beta in group["betas"])
+            M, V = (matrix[name].float() for name in MOMENTS)
             F.rotate_moments(M, V, C, b2 / b1.square())
-            generator = _generator(p, state, group)
-            F.store(state["exp_avg"], M, generator)
-            F.store(state["exp_avg_sq"], V, generator)
-        state["basis"].copy_(Q)
+            generator = _generator(matrix.parameter, matrix.state, group)
+            for name, new in zip(MOMENTS, (M, V), strict=True):
+                F.store(matrix[name], new, generator)
+        matrix["basis"].copy_(Q)
 
-    def _step_dense(self, parameters: list[Any], group: dict[str, Any], places: dict[Any, dict[str, int]]) -> None:
+    def _step_dense(self, parameters: list[Any], group: dict[str, Any], places: Places) -> None:
         """torch's fused AdamW, which leaves everything as it is on the device where `found_inf` is 1."""
         norms = torch._foreach_norm([p.grad for p in parameters], 2.0, torch.float32)
         device = parameters[0].device
@@ -380,11 +402,42 @@ class FiraAdamW(torch.optim.Optimizer):
                     self.state[p][name] = copy(value.to(p.device))
 
 
-def _batches(parameters: list[Any], rank: int) -> Iterator[list[Any]]:
-    """Parameters of one shape (as tall matrices), dtype and device, at most `BATCH` low-rank elements together."""
-    alike: dict[Any, list[Any]] = defaultdict(list)
-    for p in parameters:
-        alike[max(p.shape), min(p.shape), p.dtype, p.grad.dtype, p.device].append(p)
+class _Matrix:
+    """One projected matrix: a parameter, or one of those that a 3-D parameter stacks, with its part of the state."""
+
+    __slots__ = ("grad", "index", "parameter", "state", "weight")
+
+    def __init__(self, parameter: Any, state: dict[str, Any], index: int | None) -> None:
+        self.parameter, self.state, self.index = parameter, state, index
+        self.weight, self.grad = (x if index is None else x[index] for x in (parameter, parameter.grad))
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has a basis."""
+        return "refresh_in" in self.state and self["refresh_in"] is not None
+
+    def __getitem__(self, name: str) -> Any:
+        return self.state[name] if self.index is None else self.state[name][self.index]
+
+    def __setitem__(self, name: str, value: int) -> None:
+        if self.index is None:
+            self.state[name] = value
+        else:
+            self.state[name][self.index] = value
+
+
+def _matrices(p: Any, state: dict[str, Any] | None) -> list[_Matrix]:
+    """The matrices of a parameter. They share its state, which is the optimizer's once the first has begun."""
+    state = {} if state is None else state
+    return [_Matrix(p, state, index) for index in ([None] if p.ndim == 2 else range(len(p)))]
+
+
+def _batches(matrices: list[_Matrix], rank: int) -> Iterator[list[_Matrix]]:
+    """Matrices of one shape (as tall ones), dtype and device, at most `BATCH` low-rank elements together."""
+    alike: dict[Any, list[_Matrix]] = defaultdict(list)
+    for matrix in matrices:
+        shape, p = matrix.weight.shape, matrix.parameter
+        alike[max(shape), min(shape), p.dtype, p.grad.dtype, p.device].append(matrix)
     for (long, short, *_, device), members in alike.items():
         size = max(1, BATCH.get(device.type, BATCH_ELSEWHERE) // (long * min(rank, short)))
         for i in range(0, len(members), size):

@@ -41,8 +41,8 @@ def test_setting_without_rank_would_have_no_effect(name, value):
         FiraAdamW([{"params": [weight((12, 8))], name: value}])
 
 
-@pytest.mark.parametrize("shape", [(), (8,), (2, 3, 4), (2, 3, 4, 5)])
-def test_only_matrices_are_projected(shape):
+@pytest.mark.parametrize("shape", [(), (8,), (2, 3, 4, 5)])
+def test_only_matrices_and_stacks_of_them_are_projected(shape):
     with pytest.raises(ValueError, match="shape") as error:
         FiraAdamW([{"params": [("layer.thing", torch.nn.Parameter(torch.ones(shape)))], "rank": 4}])
     assert "layer.thing" in str(error.value)
