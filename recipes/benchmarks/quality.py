@@ -1,10 +1,10 @@
 """Pre-train a small LLaMA with every variant of an experiment, at equal tokens, and compare validation perplexity.
 
     python -m recipes.benchmarks.quality recipes/benchmarks/quality.yaml --output_dir runs/quality --data_dir DATA
-        [--variants svd,power] [--seeds 0,1]
+        [--variants adamw,power] [--learning_rates 1e-3] [--seeds 0,1]
 
 DATA holds train.txt and valid.txt. Writes one JSON for each variant, learning rate and seed, and skips those that are
-there: the same command continues an interrupted experiment, and commands with different --variants can share a folder.
+there: the same command continues an interrupted experiment, and commands with different choices can share a folder.
 """
 
 from __future__ import annotations
@@ -172,6 +172,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--data_dir", type=Path, required=True, help="folder with train.txt and valid.txt")
     parser.add_argument("--variants", type=lambda text: text.split(","), help="default: all")
+    parser.add_argument(
+        "--learning_rates", type=lambda text: [float(lr) for lr in text.split(",")], help="default: all"
+    )
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0])
     options = parser.parse_args(words)
     experiment = yaml.safe_load(options.experiment.read_text(encoding="utf-8"))
@@ -183,6 +186,7 @@ def main(words: list[str] | None = None) -> int:
     data = load_tokens(options.data_dir, options.output_dir / "data", experiment["vocab_size"])
     # The first learning rate of every variant comes before the second of any: the table is of use early.
     runs = [(n, name, lr) for name in names for n, lr in enumerate(variants[name]["learning_rates"])]
+    runs = [run for run in runs if options.learning_rates is None or run[2] in options.learning_rates]
     for _, name, lr in sorted(runs, key=lambda run: run[0]):
         for seed in options.seeds:
             path = options.output_dir / f"{name}-lr{lr:g}-seed{seed}.json"
