@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS
+from .functional import parts, stacked
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +45,13 @@ def check_checkpoint(state_dict: dict[str, Any], param_groups: list[dict[str, An
                     f"The checkpoint was made with {setting}={was!r} for {name}, this optimizer has "
                     f"{setting}={value!r}: resume with {setting}={was!r}, or start a new run from the weights."
                 )
-    for index, p in pairs(state_dict, param_groups):
+    groups = [group for group in param_groups for _ in group["params"]]
+    for (index, p), group in zip(pairs(state_dict, param_groups), groups, strict=False):
         state = state_dict["state"].get(index, {})
         expected, shape = tuple(p.shape), tuple(state.get("exp_avg", p).shape)
         if "basis" in state:
-            expected = (*p.shape[:-2], max(p.shape[-2:]), min(p.shape[-2:]))
+            matrices = parts(p, group["split"], group["transposed"])
+            expected = (*stacked(p, group["split"]), max(matrices[0].shape), min(matrices[0].shape))
             shape = (*shape[:-1], state["basis"].shape[-2])
         if shape != expected:
             raise ValueError(

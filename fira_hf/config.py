@@ -55,6 +55,10 @@ def _is_positive_int(value: Any) -> bool:
     return _is_int(value) and value >= 1
 
 
+def _is_split(value: Any) -> bool:
+    return _is_int(value) and value >= 2
+
+
 def _is_alpha(value: Any) -> bool:
     return _is_real(value) and value > 0
 
@@ -79,7 +83,14 @@ RULES: dict[str, tuple[Check, str]] = {
     "residual": _is_one_of("reference", "paper"),
     "state_dtype": _is_one_of("float32", "bfloat16"),
     "stochastic_rounding": (lambda v: isinstance(v, bool), "True or False"),
-    "target_modules": (_is_names, "'all-linear', a regular expression, or a non-empty list of module names"),
+    "target_modules": (
+        lambda v: v == [] or _is_names(v),
+        "'all-linear', a regular expression, or a list of module names (empty only beside target_parameters)",
+    ),
+    "target_parameters": (
+        lambda v: v is None or (isinstance(v, list) and _is_names(v)),
+        "a non-empty list of parameter names",
+    ),
     "exclude_modules": (lambda v: v is None or _is_names(v), "a regular expression, or a non-empty list of names"),
     "layers_to_transform": (
         lambda v: v is None or _is_index(v) or (isinstance(v, list) and bool(v) and all(map(_is_index, v))),
@@ -91,6 +102,12 @@ RULES: dict[str, tuple[Check, str]] = {
     ),
     "rank_pattern": (lambda v: _is_pattern(v, _is_positive_int), "a dict from module name or regex to a rank"),
     "alpha_pattern": (lambda v: _is_pattern(v, _is_alpha), "a dict from module name or regex to an alpha above 0"),
+    "split_pattern": (
+        lambda v: _is_pattern(v, _is_split),
+        "a dict from module name or regex to a number of parts, at least 2",
+    ),
+    "split": (_is_positive_int, "an integer of at least 1"),
+    "transposed": (lambda v: isinstance(v, bool), "True or False"),
     "lr": (lambda v: _is_real(v) and v >= 0, "a number of at least 0"),
     "betas": (_is_betas, "two numbers in [0, 1)"),
     "eps": (lambda v: _is_real(v) and v >= 0, "a number of at least 0"),
@@ -123,13 +140,18 @@ class FiraConfig:
         update_proj_gap: optimizer steps between two refreshes of a basis.
         gamma: threshold of the norm-growth limiter (largest growth of the residual's norm from one step to the
             next); None switches the limiter off.
-        target_modules: "all-linear" (every linear layer but the output or classification head), a list of names
-            (exact, or a dotted suffix), or a regular expression that must match a module's full name.
+        target_modules: "all-linear" (every linear layer but the output or classification head, and the stacked
+            experts of a mixture), a list of names (exact, or a dotted suffix), or a regular expression that must
+            match a module's full name.
+        target_parameters: names (exact, or a dotted suffix) of further parameters to project, matrices or stacks of
+            matrices (3-D) that are no linear layer's weight, beside what `target_modules` chooses.
         exclude_modules: names or a regular expression, by the same rules, of modules that are not projected.
         layers_to_transform: only layers of these indices; for "all-linear" or a list of names.
         layers_pattern: name of the list of layers that the indices count in, such as "layers" or "h".
         rank_pattern: module name or regular expression -> rank, where it differs from `rank`.
         alpha_pattern: the same for `alpha`.
+        split_pattern: module name or regular expression -> the number of equal parts that the weight fuses one after
+            another along its output dimension (3 for GPT-2's "c_attn"); each is projected by itself.
         projection: how a basis is found. "svd": the leading right singular vectors of the gradient, as published;
             "power": one step of block power iteration from the previous basis, about as good and far cheaper;
             "random": a random subspace, whatever the gradient.
@@ -157,11 +179,13 @@ class FiraConfig:
     update_proj_gap: int = 200
     gamma: float | None = 1.01
     target_modules: str | list[str] = "all-linear"
+    target_parameters: list[str] | None = None
     exclude_modules: str | list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    split_pattern: dict[str, int] = field(default_factory=dict)
     projection: str = "svd"
     refresh: str = "together"
     moments: str = "kept"
@@ -176,15 +200,21 @@ class FiraConfig:
     dense_lr: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
+        lists = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
+        for name in lists:
             value = getattr(self, name)
             if isinstance(value, (tuple, set, frozenset)):
                 setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
         if isinstance(self.target_modules, str) and self.target_modules.lower().replace("_", "-") == ALL_LINEAR:
             self.target_modules = ALL_LINEAR
-        for name in RULES:
+        for name in self.__dataclass_fields__:
             check_setting(name, getattr(self, name))
         self.betas = (self.betas[0], self.betas[1])
+        if not self.target_modules and self.target_parameters is None:
+            raise ValueError(
+                f"target_modules={self.target_modules!r} chooses nothing: name modules, or parameters in "
+                "target_parameters."
+            )
         is_regex = isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
         if is_regex and self.layers_to_transform is not None:
             raise ValueError(
@@ -245,3 +275,5 @@ SHARED_DEFAULTS = _defaults("state_dtype", "stochastic_rounding")
 PROJECTED_DEFAULTS = _defaults(
     "alpha", "update_proj_gap", "gamma", "projection", "refresh", "moments", "scaling", "residual"
 )
+# How the matrices lie in a weight: fused parts along its output dimension, and whether it is stored (in, out).
+PROJECTED_DEFAULTS |= {"split": 1, "transposed": False}

@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 # Weights that do not decay: the Trainer's own rule (transformers, `Trainer.get_decay_parameter_names`).
 NO_DECAY_NAMES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 
+# What may differ from one projected weight to another.
+OF_TARGET = ("rank", "alpha", "split", "transposed")
+
 
 def get_fira_optimizer(model: nn.Module, config: FiraConfig | None = None) -> FiraAdamW:
     """The optimizer for all trainable weights of the model.
@@ -57,7 +60,7 @@ def build_optimizer(model: nn.Module, config: FiraConfig, params: Iterable[Any])
     targets = {target.parameter: target for target in plan.projected}
     names = {p: name for name, p in model.named_parameters()}
     shared = {name: getattr(config, name) for name in SHARED_DEFAULTS}
-    of_projected = {name: getattr(config, name) for name in PROJECTED_DEFAULTS if name != "alpha"}
+    of_projected = {name: getattr(config, name) for name in PROJECTED_DEFAULTS if name not in OF_TARGET}
     projected, dense = [], []
     for group in groups:
         split = defaultdict(list)
@@ -66,13 +69,13 @@ def build_optimizer(model: nn.Module, config: FiraConfig, params: Iterable[Any])
         for entry in group["params"]:
             p = entry[1] if isinstance(entry, tuple) else entry
             target = targets.get(p)
-            split[(target.rank, target.alpha) if target else None].append((names[p], p))
+            split[tuple(getattr(target, name) for name in OF_TARGET) if target else None].append((names[p], p))
         for key, params in split.items():
             if key is None:
                 own_lr = {} if config.dense_lr is None else {"lr": config.dense_lr}
                 dense.append({**group, "params": params, **shared, **own_lr})
             else:
-                own = {"rank": key[0], "alpha": key[1], **of_projected}
+                own = {**dict(zip(OF_TARGET, key, strict=True)), **of_projected}
                 projected.append({**group, "params": params, **shared, **own})
     optimizer = FiraAdamW(projected + dense, config.lr, config.betas, config.eps, config.weight_decay)
     optimizer.config = config
@@ -87,13 +90,17 @@ def summarize(model: nn.Module, plan: TargetPlan) -> str:
     skipped = [other.parameter for other in plan.skipped]
     size = sum(p.numel() for p in projected)
     trainable = size + sum(p.numel() for p in skipped)
-    ranks = Counter(target.rank for target in plan.projected)
+    matrices = sum(target.matrices for target in plan.projected)
+    ranks: Counter[int] = Counter()
+    for target in plan.projected:
+        ranks[target.rank] += target.matrices
+    within = "" if matrices == len(projected) else f"in {len(projected)} weights "
     by_rank = ", ".join(f"{count} at rank {rank}" for rank, count in sorted(ranks.items(), reverse=True))
     lines = [
-        f"Fira projects {len(projected)} matrices ({by_rank}) with {size:,} of {trainable:,} trainable parameters "
+        f"Fira projects {matrices} matrices {within}({by_rank}) with {size:,} of {trainable:,} trainable parameters "
         f"({size / trainable:.1%})."
     ]
-    useless = sum(target.state_bytes >= adamw_state_bytes(target.parameter) for target in plan.projected)
+    useless = sum(t.matrices for t in plan.projected if t.state_bytes >= adamw_state_bytes(t.parameter))
     if useless:
         lines.append(f"{useless} of them need at least as much state as with AdamW: lower the rank, or exclude them.")
     if skipped:

@@ -46,6 +46,23 @@ def tall(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.t()
 
 
+def parts(weight: Tensor, split: int, transposed: bool) -> list[Tensor]:
+    """Views of the matrices in a weight, each (out / split, in): of every matrix of a stack (3-D), every fused part.
+
+    `transposed`: the weight is stored (in, out), the other way round than that of `nn.Linear`.
+    """
+    found: list[Tensor] = []
+    for matrix in weight.unbind() if weight.ndim == 3 else (weight,):
+        matrix = matrix.t() if transposed else matrix
+        found += matrix.chunk(split) if split > 1 else (matrix,)
+    return found
+
+
+def stacked(weight: Tensor, split: int) -> tuple[int, ...]:
+    """(the number of matrices,) of a weight that stacks or fuses several, () of one that is a matrix."""
+    return ((len(weight) if weight.ndim == 3 else 1) * split,) if weight.ndim == 3 or split > 1 else ()
+
+
 def column_major(Q: Tensor) -> Tensor:
     """A copy of (..., short, r) with contiguous columns, the layout in which products with Q are fastest on a CPU."""
     return Q.mT.clone(memory_format=torch.contiguous_format).mT

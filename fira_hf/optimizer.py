@@ -32,13 +32,16 @@ class FiraAdamW(torch.optim.Optimizer):
     of the gradient, and the rest of the gradient, scaled and limited in growth, applied beside them.
 
     A group with the key `rank` is projected; its parameters are matrices, or stacks of matrices (3-D, such as the
-    experts of a layer) of which each is projected by itself; it may set `alpha`, `update_proj_gap`,
+    experts of a layer) of which each is projected by itself. It may set `split`, the number of equal parts of each
+    matrix that are projected by themselves, and `transposed`, whether matrices are stored (in, out) as in GPT-2's
+    `Conv1D`, not (out, in) as in `nn.Linear`: parts lie along `out`, and a basis of a square matrix spans `in`.
+    It may set `alpha`, `update_proj_gap`,
     `gamma`, `projection`, `refresh`, `moments`, `scaling` and `residual`, which mean and default to what they do in
     `FiraConfig`. A group without `rank` is AdamW by torch's formulas. Every group may set `state_dtype` and
     `stochastic_rounding`. With `projection="svd"`, `refresh="together"`, `moments="kept"` and fp32 weights, projected
     groups follow `fira==1.0.2` step for step.
 
-    State, created at a weight's first gradient that is finite and not zero (long >= short: sides of the weight;
+    State, created at a weight's first gradient that is finite and not zero (long >= short: sides of the matrix;
     r = min(rank, short); moments and basis of `state_dtype`, whatever the weight's dtype, the scalars fp32; all kept
     so by `load_state_dict`):
 
@@ -51,8 +54,8 @@ class FiraAdamW(torch.optim.Optimizer):
         exp_avg_sq     long x r        second moment of G Q
         residual_norm  0-dim           norm of the last residual, as limited; infinite: none, or a negligible one
 
-    The state of a stack has one more dimension in front, and lists of `phase` and `refresh_in`; `refresh_in` is None
-    for a matrix that has had no gradient yet.
+    The state of a stack, or of a matrix in parts, has one more dimension in front (the parts of a matrix one after
+    another), and lists of `phase` and `refresh_in`; `refresh_in` is None for a matrix that has had no gradient yet.
 
     A weight of a group without `rank` has `step`, `seed`, and `exp_avg` and `exp_avg_sq` of its own shape.
 
@@ -126,6 +129,11 @@ class FiraAdamW(torch.optim.Optimizer):
                     f"Parameter group: {name} of shape {tuple(parameter.shape)} cannot be projected, only matrices "
                     "and stacks of them (3-D) can: put it into a group without 'rank'."
                 )
+            if "rank" in group and parameter.shape[-1 if group["transposed"] else -2] % group["split"]:
+                raise ValueError(
+                    f"Parameter group: split={group['split']} does not divide the output dimension of {name}, of "
+                    f"shape {tuple(parameter.shape)}: only equal parts can be projected by themselves."
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -152,7 +160,7 @@ class FiraAdamW(torch.optim.Optimizer):
             # Under autocast the products would be taken in half precision.
             with torch.autocast(parameters[0].device.type, enabled=False):
                 if "rank" in group:
-                    matrices = [matrix for p in parameters for matrix in _matrices(p, self.state.get(p))]
+                    matrices = [matrix for p in parameters for matrix in _matrices(p, self.state.get(p), group)]
                     for batch in _batches(matrices, group["rank"]):
                         self._step_projected(batch, group, places or {})
                 else:
@@ -174,13 +182,14 @@ class FiraAdamW(torch.optim.Optimizer):
                 places[p] = {"seed": len(places)}
                 if "rank" not in group:
                     continue
+                stack = F.stacked(p, group["split"])
                 phases = []
-                for _ in range(len(p) if p.ndim == 3 else 1):
+                for _ in range(stack[0] if stack else 1):
                     phases.append(0)
                     if group["refresh"] == "staggered":
                         phases[-1] = 1 + group["update_proj_gap"] * before // total
-                        before += p.shape[-2] * p.shape[-1] * group["rank"]
-                places[p]["phase"] = phases if p.ndim == 3 else phases[0]
+                        before += p.numel() // (stack[0] if stack else 1) * group["rank"]
+                places[p]["phase"] = phases if stack else phases[0]
         return places
 
     def _step_projected(self, matrices: list[_Matrix], group: dict[str, Any], places: Places) -> None:
@@ -284,8 +293,8 @@ class FiraAdamW(torch.optim.Optimizer):
         p, state = matrix.parameter, matrix.state
         if "basis" not in state:
             dtype = getattr(torch, group["state_dtype"])
-            stack, short, long = p.shape[:-2], *sorted(p.shape[-2:])
-            state["refresh_in"] = [None] * len(p) if stack else None
+            stack, short, long = F.stacked(p, group["split"]), *sorted(matrix.weight.shape)
+            state["refresh_in"] = [None] * stack[0] if stack else None
             state |= {name: Q.new_zeros(*stack, long, Q.shape[1], dtype=dtype) for name in MOMENTS}
             state["step"] = Q.new_zeros(stack)
             state["residual_norm"] = Q.new_full(stack, torch.inf)
@@ -403,13 +412,12 @@ class FiraAdamW(torch.optim.Optimizer):
 
 
 class _Matrix:
-    """One projected matrix: a parameter, or one of those that a 3-D parameter stacks, with its part of the state."""
+    """One projected matrix: a parameter, or one of those that it stacks or fuses, with its part of the state."""
 
     __slots__ = ("grad", "index", "parameter", "state", "weight")
 
-    def __init__(self, parameter: Any, state: dict[str, Any], index: int | None) -> None:
-        self.parameter, self.state, self.index = parameter, state, index
-        self.weight, self.grad = (x if index is None else x[index] for x in (parameter, parameter.grad))
+    def __init__(self, parameter: Any, state: dict[str, Any], index: int | None, weight: Tensor, grad: Tensor) -> None:
+        self.parameter, self.state, self.index, self.weight, self.grad = parameter, state, index, weight, grad
 
     @property
     def begun(self) -> bool:
@@ -426,10 +434,12 @@ class _Matrix:
             self.state[name][self.index] = value
 
 
-def _matrices(p: Any, state: dict[str, Any] | None) -> list[_Matrix]:
+def _matrices(p: Any, state: dict[str, Any] | None, group: dict[str, Any]) -> list[_Matrix]:
     """The matrices of a parameter. They share its state, which is the optimizer's once the first has begun."""
     state = {} if state is None else state
-    return [_Matrix(p, state, index) for index in ([None] if p.ndim == 2 else range(len(p)))]
+    weights, grads = (F.parts(x, group["split"], group["transposed"]) for x in (p, p.grad))
+    indices = range(len(weights)) if F.stacked(p, group["split"]) else [None]
+    return [_Matrix(p, state, *own) for own in zip(indices, weights, grads, strict=True)]
 
 
 def _batches(matrices: list[_Matrix], rank: int) -> Iterator[list[_Matrix]]:

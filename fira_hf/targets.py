@@ -3,7 +3,10 @@
 Matching is PEFT's: a list entry is a module's exact name or a dotted suffix of it, a string is a regular expression
 for the full name, "all-linear" is every linear layer but the output or classification head. In a PEFT model a layer
 inside an adapter is also known by the name of the layer that it adapts: "q_proj" finds `q_proj.lora_A.default` and the
-B beside it.
+B beside it. `target_parameters` names parameters instead of modules, for weights that no linear layer holds.
+
+Beyond PEFT, which finds no layer to wrap there, "all-linear" covers the stacked experts of a mixture: they are its
+linear layers (many were `nn.Linear` before transformers 5), and hold most of its weights.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,19 +31,37 @@ WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|base_model\.model\.)+")
 
 @dataclass
 class Target:
-    """A weight that is projected. `rank` is already cut to the short side of the weight."""
+    """A weight that is projected: a matrix or several, each by itself. `rank` is cut to the short side of a matrix.
+
+    split: equal parts of a fused matrix. transposed: stored (in, out), the other way round than by `nn.Linear`.
+    """
 
     name: str
     parameter: nn.Parameter
     rank: int
     alpha: float
     state_itemsize: int = FP32
+    split: int = 1
+    transposed: bool = False
+
+    def __post_init__(self) -> None:
+        self.rank = min(self.rank, *self._sides)
+
+    @property
+    def matrices(self) -> int:
+        """How many matrices are projected: experts of a stack, parts of a fused matrix."""
+        return (len(self.parameter) if self.parameter.ndim == 3 else 1) * self.split
+
+    @property
+    def _sides(self) -> tuple[int, int]:
+        rows, columns = self.parameter.shape[-2:]
+        return (rows, columns // self.split) if self.transposed else (rows // self.split, columns)
 
     @property
     def state_bytes(self) -> int:
-        """Basis and two moments, and the fp32 scalars `step` and `residual_norm`."""
-        long, short = max(self.parameter.shape), min(self.parameter.shape)
-        return self.state_itemsize * (short * self.rank + 2 * long * self.rank) + 2 * FP32
+        """For each matrix basis and two moments, and the fp32 scalars `step` and `residual_norm`."""
+        long, short = max(self._sides), min(self._sides)
+        return self.matrices * (self.state_itemsize * (short * self.rank + 2 * long * self.rank) + 2 * FP32)
 
 
 @dataclass
@@ -78,28 +99,61 @@ def adamw_state_bytes(parameter: nn.Parameter) -> int:
 
 @dataclass
 class Layer:
-    """A linear layer: its name, the further names that it answers to, and whether it is (part of) the output head."""
+    """The weight of a linear layer, or a parameter by itself.
 
-    name: str
-    aliases: tuple[str, ...]
+    modules: the names that its module answers to. leaf: its own name there. is_head: whether it is (part of) the
+    output head. is_experts: whether it stacks experts. transposed: whether it is stored (in, out). is_ordered: whether
+    parts that it fuses would lie one after another along the output dimension.
+    """
+
+    modules: tuple[str, ...]
+    leaf: str
     weight: nn.Parameter
+    is_linear: bool
     is_head: bool
+    is_experts: bool
+    transposed: bool
+    is_ordered: bool
+
+    @property
+    def name(self) -> str:
+        return self.aliases[0]
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """What it is called by: a linear layer like its module, a parameter like itself."""
+        return self.modules if self.is_linear else self.parameters
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(f"{module}.{self.leaf}" if module else self.leaf for module in self.modules)
 
 
-def linear_layers(model: nn.Module) -> list[Layer]:
-    """The layers whose weight can be projected: `nn.Linear`, and `Conv1D` as in GPT-2 where transformers is in use."""
+def weights(model: nn.Module) -> list[Layer]:
+    """Every parameter of the model. Linear layers are `nn.Linear`, and GPT-2's `Conv1D` where it is in use."""
     # transformers is looked up, not imported: the model can hold its layers only if it is loaded.
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
-    classes = (nn.Linear, pytorch_utils.Conv1D) if pytorch_utils else (nn.Linear,)
+    conv1d = (pytorch_utils.Conv1D,) if pytorch_utils else ()
     modules = dict(model.named_modules())
     heads = [name for name, module in modules.items() if any(module is head for head in _heads(modules))]
     adapted = [name for name, module in modules.items() if _is_wrapper(module)]
-    layers = []
+    found = []
     for name, module in modules.items():
-        if isinstance(module, classes) and isinstance(module.weight, nn.Parameter):
-            is_head = any(name == head or name.startswith(f"{head}.") for head in heads)
-            layers.append(Layer(name, tuple(_aliases(name, adapted)), module.weight, is_head))
-    return layers
+        names = tuple(_aliases(name, adapted))
+        is_head = any(name == head or name.startswith(f"{head}.") for head in heads)
+        for leaf, p in module.named_parameters(recurse=False):
+            is_linear = leaf == "weight" and isinstance(module, (nn.Linear, *conv1d))
+            is_experts = p.ndim == 3 and "Experts" in type(module).__name__
+            # What transformers 5 says of its experts. Of others it is not known whether parts can be told apart.
+            transposed = isinstance(module, conv1d) or (p.ndim == 3 and getattr(module, "is_transposed", False))
+            is_ordered = p.ndim == 2 or getattr(module, "is_concatenated", False)
+            found.append(Layer(names, leaf, p, is_linear, is_head, is_experts, transposed, is_ordered))
+    return found
+
+
+def linear_layers(model: nn.Module) -> list[Layer]:
+    """The layers that `target_modules` can choose."""
+    return [layer for layer in weights(model) if layer.is_linear]
 
 
 def _heads(modules: dict[str, nn.Module]) -> Iterator[nn.Module]:
@@ -138,6 +192,15 @@ def _chosen(target: str | list[str], layer: Layer) -> bool:
     return any(matches(target, name) for name in layer.aliases)
 
 
+def _is_named(config: FiraConfig, layer: Layer) -> bool:
+    """Whether `target_parameters` names it."""
+    return config.target_parameters is not None and any(matches(config.target_parameters, n) for n in layer.parameters)
+
+
+def _is_excluded(excluded: str | list[str], layer: Layer) -> bool:
+    return any(matches(excluded, name) for name in (*layer.modules, *layer.aliases))
+
+
 def _layer_index(layer: Layer, config: FiraConfig) -> int | None:
     """The first layer index in the name, behind `layers_pattern` if that is set."""
     patterns = config.layers_pattern or r"[^.]*"
@@ -154,28 +217,51 @@ def unmatched(setting: str, entry: str | list[str], why: str, layers: list[Layer
     names = {alias for layer in layers if layer.weight.requires_grad for alias in layer.aliases}
     # Short names first: what people list are the last parts, "q_proj" and the like.
     short = sorted({name.rsplit(".", 1)[-1] for name in names})
-    near = difflib.get_close_matches(entry, short, n=3) or difflib.get_close_matches(entry, sorted(names), n=3)
+    tries = ((entry, short), (entry, sorted(names)), (entry.rsplit(".", 1)[-1], short))
+    near = next(filter(None, (difflib.get_close_matches(text, known, n=3) for text, known in tries)), None)
     hint = f"the nearest are {', '.join(map(repr, near))}" if near else f"there are {', '.join(map(repr, short[:8]))}"
+    if not names:
+        hint = "there is none that is trained"
     if is_regex and entry in short:
         hint = f"a string is a regular expression for the whole name: write [{entry!r}]"
     return ValueError(f"{setting}: {entry!r} {why}; {hint}.")
 
 
-def _check_entries(config: FiraConfig, layers: list[Layer], model: nn.Module) -> None:
+def _check_entries(config: FiraConfig, everything: list[Layer], candidates: list[Layer], model: nn.Module) -> None:
     """Raises for an entry of the config that chooses nothing."""
     names = [name for name, _ in model.named_modules() if name]
+    layers = [layer for layer in everything if layer.is_linear]
+    stacks = [layer for layer in everything if not layer.is_linear and layer.weight.ndim in (2, 3)]
     for probe in _probes(config.target_modules) if config.target_modules != ALL_LINEAR else []:
         found = [layer for layer in layers if _chosen(probe, layer)]
         if any(layer.weight.requires_grad for layer in found):
             continue
         others = any(matches(probe, name) for name in names)
         why = "matches no linear layer" if others else "matches no module of the model"
+        for layer in stacks:
+            if not found and (layer.is_experts or not others) and _is_excluded(probe, layer):
+                raise ValueError(
+                    f"target_modules: {probe if isinstance(probe, str) else probe[0]!r} {why}, but parameters such as "
+                    f"{layer.name}: name those in target_parameters."
+                )
         raise unmatched("target_modules", probe, "matches only frozen weights" if found else why, layers)
+    for entry in config.target_parameters or []:
+        found = [layer for layer in everything if any(matches([entry], name) for name in layer.parameters)]
+        for layer in found:
+            if layer.weight.ndim not in (2, 3) and layer.weight.requires_grad:
+                raise ValueError(
+                    f"target_parameters: {entry!r} matches {layer.parameters[0]}, of shape "
+                    f"{tuple(layer.weight.shape)}, but only matrices and stacks of them (3-D) can be projected: "
+                    "give more of the name."
+                )
+        if not any(layer.weight.requires_grad for layer in found):
+            why = "matches only frozen weights" if found else "matches no parameter of the model"
+            raise unmatched("target_parameters", [entry], why, stacks)
     for probe in _probes(config.exclude_modules or []):
-        if not any(_chosen(probe, layer) for layer in layers) and not any(matches(probe, name) for name in names):
-            raise unmatched("exclude_modules", probe, "matches no module of the model", layers)
+        if not any(_is_excluded(probe, one) for one in candidates) and not any(matches(probe, n) for n in names):
+            raise unmatched("exclude_modules", probe, "matches no module of the model", candidates)
     indices = config.layers_to_transform
-    known = {index for layer in layers if (index := _layer_index(layer, config)) is not None}
+    known = {index for layer in candidates if (index := _layer_index(layer, config)) is not None}
     for index in [indices] if isinstance(indices, int) else indices or []:
         if not known:
             containers = sorted({match[1] for name in names if (match := re.search(r"([^.]+)\.\d+(?:\.|$)", name))})
@@ -193,7 +279,7 @@ def _probes(target: str | list[str]) -> list[str] | list[list[str]]:
     return [target] if isinstance(target, str) else [[entry] for entry in target]
 
 
-def _pattern_key(pattern: dict[str, int] | dict[str, float], layer: Layer) -> str | None:
+def _pattern_key(pattern: dict[str, Any], layer: Layer) -> str | None:
     """The first key that matches the layer, by PEFT's rule for patterns."""
     for key in pattern:
         if any(re.match(rf"(.*\.)?({key})$", alias) for alias in layer.aliases):
@@ -208,15 +294,16 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
         ValueError: the model has no trainable linear layer, an entry of the config chooses none (the nearest names are
             in the message), or two names of one tied weight want different settings.
     """
-    layers = linear_layers(model)
+    everything = weights(model)
+    layers = [layer for layer in everything if layer.is_linear or layer.is_experts or _is_named(config, layer)]
     if not any(layer.weight.requires_grad for layer in layers):
         raise ValueError("The model has no trainable linear layer: there is nothing for Fira to project.")
-    _check_entries(config, layers, model)
+    _check_entries(config, everything, layers, model)
 
     targets: dict[nn.Parameter, Target] = {}
     reasons: dict[nn.Parameter, str] = {}
     chosen: list[Layer] = []
-    used: set[str | None] = set()
+    used: set[tuple[str, str | None]] = set()
     for layer in layers:
         if not layer.weight.requires_grad:
             continue
@@ -224,23 +311,31 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
         if reason is not None:
             reasons.setdefault(layer.weight, reason)
             continue
-        if layer.weight.ndim != 2:
+        if layer.is_linear and layer.weight.ndim != 2:
             raise ValueError(f"{layer.name} has a weight of shape {tuple(layer.weight.shape)}: {SHARDED}.")
-        rank_key, alpha_key = (_pattern_key(p, layer) for p in (config.rank_pattern, config.alpha_pattern))
-        rank = config.rank if rank_key is None else config.rank_pattern[rank_key]
-        alpha = config.alpha if alpha_key is None else config.alpha_pattern[alpha_key]
-        target = Target(layer.name, layer.weight, min(rank, *layer.weight.shape), alpha)
+        patterns: dict[str, dict[str, Any]] = {
+            "rank": config.rank_pattern,
+            "alpha": config.alpha_pattern,
+            "split": config.split_pattern,
+        }
+        keys = {name: _pattern_key(pattern, layer) for name, pattern in patterns.items()}
+        own: dict[str, Any] = {name: patterns[name][key] for name, key in keys.items() if key is not None}
+        _check_split(layer, own.get("split", 1))
+        own = {"rank": config.rank, "alpha": config.alpha, **own}
+        target = Target(layer.name, layer.weight, **own, transposed=layer.transposed)
         chosen.append(layer)
-        used |= {rank_key, alpha_key}
+        used |= set(keys.items())
         tied = targets.setdefault(layer.weight, target)
-        if (tied.rank, tied.alpha) != (target.rank, target.alpha):
+        if replace(tied, name=target.name) != target:
             raise ValueError(
-                f"{tied.name} and {layer.name} share one weight, but rank_pattern or alpha_pattern gives them "
-                f"rank {tied.rank} and {target.rank}, alpha {tied.alpha} and {target.alpha}: give them the same."
+                f"{tied.name} and {layer.name} share one weight, but rank_pattern, alpha_pattern or split_pattern "
+                f"gives them rank {tied.rank} and {target.rank}, alpha {tied.alpha} and {target.alpha}, "
+                f"{tied.split} and {target.split} parts: give them the same."
             )
-    for setting, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for key in pattern:
-            if chosen and key not in used:
+    for name in ("rank", "alpha", "split"):
+        setting = f"{name}_pattern"
+        for key in getattr(config, setting):
+            if chosen and (name, key) not in used:
                 raise unmatched(setting, key, "matches no projected layer that an earlier entry leaves to it", chosen)
     if not targets:
         reasons_given = ", ".join(sorted(set(reasons.values())))
@@ -256,34 +351,54 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
     for name, parameter in model.named_parameters():
         if parameter in targets:
             target = targets[parameter]
-            plan.projected.append(Target(name, parameter, target.rank, target.alpha, itemsize))
+            plan.projected.append(replace(target, name=name, state_itemsize=itemsize))
         elif parameter.requires_grad:
-            reason = reasons.get(parameter) or _kind(parameter, kinds[parameter])
+            reason = reasons.get(parameter) or _kind(name, parameter, kinds[parameter])
             if parameter in reasons and parameter in embeddings:
                 reason = f"embedding, tied to the {reason}"
             plan.skipped.append(Skipped(name, parameter, reason, itemsize))
     return plan
 
 
+def _check_split(layer: Layer, split: int) -> None:
+    shape = tuple(layer.weight.shape)
+    if split > 1 and not layer.is_ordered:
+        raise ValueError(
+            f"split_pattern: {layer.name} of shape {shape} cannot be split: its module does not say that it fuses "
+            "parts one after another (is_concatenated). Leave it out."
+        )
+    if shape[-1 if layer.transposed else -2] % split:
+        raise ValueError(
+            f"split_pattern: {split} does not divide the output dimension of {layer.name}, of shape {shape}; unequal "
+            "parts, such as those of a grouped-query qkv, cannot be split. Leave it out."
+        )
+
+
 def _why_not(layer: Layer, config: FiraConfig) -> str | None:
-    if config.target_modules == ALL_LINEAR:
+    if _is_named(config, layer):
+        pass
+    elif config.target_modules == ALL_LINEAR:
         if layer.is_head:
             return "output head"
+    elif layer.is_experts:
+        return "stacked experts, not in target_parameters"
     elif not _chosen(config.target_modules, layer):
         return "not in target_modules"
-    if config.exclude_modules is not None and _chosen(config.exclude_modules, layer):
+    if config.exclude_modules is not None and _is_excluded(config.exclude_modules, layer):
         return "in exclude_modules"
     indices = config.layers_to_transform
     # A module that is listed by its exact name needs no index, as in PEFT.
     admitted = [indices] if isinstance(indices, int) else indices
-    if admitted and layer.name not in config.target_modules and _layer_index(layer, config) not in admitted:
+    modules = [] if isinstance(config.target_modules, str) else config.target_modules
+    exact = modules if layer.is_linear else config.target_parameters or []
+    if admitted and layer.name not in exact and _layer_index(layer, config) not in admitted:
         return "not in layers_to_transform"
     return None
 
 
-def _kind(parameter: nn.Parameter, module: nn.Module) -> str:
+def _kind(name: str, parameter: nn.Parameter, module: nn.Module) -> str:
     if isinstance(module, nn.Embedding):
         return "embedding"
-    if parameter.ndim < 2:
+    if parameter.ndim < 2 or name.endswith("bias"):  # those of stacked experts are stacked, too
         return "vector: bias, norm"
     return f"not a linear layer ({type(module).__name__})"

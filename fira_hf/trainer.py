@@ -17,7 +17,7 @@ from transformers.training_args import OptimizerNames
 from .config import ALL_LINEAR, FiraConfig, unknown_name
 from .factory import build_optimizer
 from .optimizer import FiraAdamW
-from .targets import find_targets, linear_layers, unmatched
+from .targets import find_targets, linear_layers, unmatched, weights
 
 NAME = "fira"
 
@@ -198,6 +198,8 @@ def _trainer_targets(model: nn.Module, targets: Any) -> str:
         found = [layer for layer in layers if check_target_module_exists(probe, layer.name)]
         if not any(layer.weight.requires_grad for layer in found):
             why = "matches only frozen weights" if found else "matches no linear layer"
+            if not found and any(w.is_experts and check_target_module_exists(probe, w.name) for w in weights(model)):
+                why = f"{why} but stacked experts, which target_parameters of a FiraConfig names (config=PATH)"
             raise unmatched("optim_target_modules", probe, why, layers)
     if isinstance(targets, str):
         return targets

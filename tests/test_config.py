@@ -17,11 +17,13 @@ DEFAULTS = {
     "update_proj_gap": 200,
     "gamma": 1.01,
     "target_modules": "all-linear",
+    "target_parameters": None,
     "exclude_modules": None,
     "layers_to_transform": None,
     "layers_pattern": None,
     "rank_pattern": {},
     "alpha_pattern": {},
+    "split_pattern": {},
     "projection": "svd",
     "refresh": "together",
     "moments": "kept",
@@ -42,11 +44,13 @@ EVERY_FIELD_SET = {
     "update_proj_gap": 50,
     "gamma": None,
     "target_modules": ["q_proj", "mlp.down_proj"],
+    "target_parameters": ["experts.gate_up_proj"],
     "exclude_modules": ["layers.0.self_attn.q_proj"],
     "layers_to_transform": [0, 1],
     "layers_pattern": ["layers"],
     "rank_pattern": {"down_proj": 4},
     "alpha_pattern": {"q_proj": 0.5},
+    "split_pattern": {"gate_up_proj": 2},
     "projection": "power",
     "refresh": "staggered",
     "moments": "rotated",
@@ -98,6 +102,8 @@ BAD_VALUES = [
     *[("eps", value) for value in (-1e-8, math.nan, "1e-8", None)],
     *[("weight_decay", value) for value in (-0.1, math.nan, math.inf, "0.1", None)],
     *[("target_modules", value) for value in ([], "", "q_proj(", [""], ["q_proj", 3], 7, None)],
+    *[("target_parameters", value) for value in ([], "experts.gate_up_proj", [""], ["gate_up_proj", 3], 7)],
+    *[("split_pattern", value) for value in ({"c_attn": 1}, {"c_attn": 1.5}, {"c_attn(": 3}, {3: 3}, ["c_attn"], None)],
     *[("exclude_modules", value) for value in ("q_proj(", [3], 7)],
     *[("layers_to_transform", value) for value in (-1, [0, -1], ["0"], 1.5, "1", True)],
     *[("layers_pattern", value) for value in ("layers(", ["layers", "h("], [3], [])],
@@ -124,6 +130,12 @@ def test_a_bad_value_is_refused_by_name_and_value(name, value):
 def test_layers_pattern_needs_layers_to_transform():
     with pytest.raises(ValueError, match="layers_pattern.*layers_to_transform"):
         FiraConfig(target_modules=["q_proj"], layers_pattern="layers")
+
+
+def test_no_modules_at_all_need_parameters():
+    """As in PEFT: an empty list is how to project parameters only."""
+    config = FiraConfig(target_modules=[], target_parameters=("experts.down_proj",))
+    assert (config.target_modules, config.target_parameters) == ([], ["experts.down_proj"])
 
 
 def test_layers_to_transform_does_not_go_with_a_pattern():
