@@ -31,6 +31,31 @@ def build_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **config):
     return LlamaForCausalLM(LlamaConfig(**(settings | config))).to(dtype)
 
 
+def needs_stacked_experts() -> None:
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("the experts are linear layers before transformers 5")
+
+
+def build_mixtral(dtype: torch.dtype = torch.float32, **config):
+    """A mixture of four experts in each of two layers, stacked: gate_up_proj (4, 80, 32), down_proj (4, 32, 40)."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    needs_stacked_experts()
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+    }
+    return MixtralForCausalLM(MixtralConfig(**(settings | config))).to(dtype)
+
+
 def build_tokens(rows: int = 64, length: int = 12, seed: int = 1) -> list[dict[str, torch.Tensor]]:
     """Rows of random tokens, each its own label."""
     tokens = torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(seed))

@@ -103,7 +103,10 @@ BAD_VALUES = [
     *[("weight_decay", value) for value in (-0.1, math.nan, math.inf, "0.1", None)],
     *[("target_modules", value) for value in ([], "", "q_proj(", [""], ["q_proj", 3], 7, None)],
     *[("target_parameters", value) for value in ([], "experts.gate_up_proj", [""], ["gate_up_proj", 3], 7)],
-    *[("split_pattern", value) for value in ({"c_attn": 1}, {"c_attn": 1.5}, {"c_attn(": 3}, {3: 3}, ["c_attn"], None)],
+    *[
+        ("split_pattern", value)
+        for value in ({"c_attn": 1}, {"c_attn": 1.5}, {"c_attn(": 3}, {3: 3}, ["c_attn"], None)
+    ],
     *[("exclude_modules", value) for value in ("q_proj(", [3], 7)],
     *[("layers_to_transform", value) for value in (-1, [0, -1], ["0"], 1.5, "1", True)],
     *[("layers_pattern", value) for value in ("layers(", ["layers", "h("], [3], [])],

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
-from conftest import build_llama, build_tokens
+from conftest import build_llama, build_mixtral, build_tokens
 from fira_hf import FiraAdamW, FiraConfig, get_fira_optimizer
 from fira_hf.memory import estimate_memory
 from fira_hf.targets import find_targets
@@ -33,7 +33,13 @@ def build_partly_frozen(dtype=torch.float32):
     return model
 
 
-MODELS = {"llama": build_llama, "gpt2": build_gpt2, "lora": build_lora, "partly frozen": build_partly_frozen}
+MODELS = {
+    "llama": build_llama,
+    "gpt2": build_gpt2,
+    "mixtral": build_mixtral,
+    "lora": build_lora,
+    "partly frozen": build_partly_frozen,
+}
 PATTERNS = {"rank": 8, "rank_pattern": {r".*\.1\..*": 4}, "alpha_pattern": {"q_proj|c_attn": 0.5}}
 
 
@@ -173,6 +179,21 @@ def test_the_estimate_is_what_fira_holds(build, settings, dtype):
     assert estimate.optimizer_state == bytes_held(optimizer)
 
 
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("build", "pattern"),
+    [(build_gpt2, {"c_attn": 3, "c_fc": 2}), (build_mixtral, {"gate_up_proj": 2}), (build_mixtral, {"q_proj": 4})],
+    ids=["gpt2", "experts", "mixtral's attention"],
+)
+@pytest.mark.parametrize("rank", [4, 500])
+def test_the_estimate_of_fused_weights_is_what_fira_holds(build, pattern, state_dtype, rank):
+    model = build()
+    config = FiraConfig(rank=rank, split_pattern=pattern, state_dtype=state_dtype)
+    optimizer = get_fira_optimizer(model, config)
+    one_step(model, optimizer)
+    assert estimate_memory(model, config).optimizer_state == bytes_held(optimizer)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 def test_the_estimate_is_what_adamw_holds(build, dtype):
@@ -222,6 +243,18 @@ def test_the_summary_counts_what_is_projected_and_what_is_not():
     skipped_trainable = [entry for entry in plan.skipped if entry.parameter.requires_grad]
     for reason in {entry.reason for entry in skipped_trainable}:
         assert reason in summary
+
+
+def test_the_summary_counts_matrices_and_the_weights_that_hold_them():
+    """8 of attention, 4 experts in each of 4 stacks; those of gate_up_proj in two parts, too wide a rank for them."""
+    config = FiraConfig(rank=8, rank_pattern={"gate_up_proj": 32}, split_pattern={"gate_up_proj": 2})
+    summary = get_fira_optimizer(build_mixtral(), config).summary.splitlines()
+    assert summary[0].startswith(
+        "Fira projects 32 matrices in 12 weights (16 at rank 32, 16 at rank 8) with 36,864 of "
+    )
+    assert summary[1].startswith("16 of them need at least as much state")
+    summary = get_fira_optimizer(build_llama(), FiraConfig(rank=8)).summary
+    assert summary.startswith("Fira projects 14 matrices (14 at rank 8) ")
 
 
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -18,6 +19,8 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
@@ -25,7 +28,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from conftest import build_llama
+from conftest import build_llama, build_mixtral
 from fira_hf import FiraConfig
 from fira_hf.targets import find_targets
 
@@ -49,7 +52,13 @@ def build_t5():
     )
 
 
-MODELS = {"llama": build_llama, "gpt2": build_gpt2, "bert": build_bert, "t5": build_t5}
+MODELS = {
+    "llama": build_llama,
+    "gpt2": build_gpt2,
+    "bert": build_bert,
+    "t5": build_t5,
+    "mixtral": build_mixtral,
+}
 
 
 def projected_modules(model: nn.Module, config: FiraConfig) -> set[str]:
@@ -171,6 +180,243 @@ def test_a_pattern_that_an_earlier_one_shadows_is_an_error():
     """PEFT tries patterns in order and would never come to this one."""
     with pytest.raises(ValueError, match="layers.0.self_attn.q_proj.*earlier entry"):
         find_targets(build_llama(), FiraConfig(rank_pattern={"q_proj": 4, "layers.0.self_attn.q_proj": 2}))
+
+
+# --------------------------------------------------------------------------- parameters that are no linear layer's
+
+
+def peft_parameters(model: nn.Module, **settings) -> dict[str, int]:
+    """Name -> rank of each parameter that PEFT adapts under the same settings."""
+    adapted = get_peft_model(model, LoraConfig(r=9, target_modules=[], **settings)).base_model.model
+    return {
+        f"{name.replace('.base_layer', '')}.{module.parameter_name}": module.r["default"]
+        for name, module in adapted.named_modules()
+        if isinstance(module, ParamWrapper)
+    }
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["gate_up_proj"],
+        ["experts.gate_up_proj"],
+        ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        ["model.layers.1.mlp.experts.down_proj"],
+        ["gate.weight"],  # a router: a matrix
+        ["q_proj.weight", "down_proj"],
+        ["lm_head.weight", "embed_tokens.weight"],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "pattern", [{}, {"gate_up_proj|weight": 3, ".*experts.*": 5, "experts": 7}], ids=["one rank", "ranks"]
+)
+def test_target_parameters_are_those_of_peft(targets, pattern):
+    expected = peft_parameters(build_mixtral(), target_parameters=targets, rank_pattern=pattern)
+    assert expected, "the case must select something"
+    model = build_mixtral()
+    config = FiraConfig(rank=9, target_modules=[], target_parameters=targets)
+    assert {target.name for target in find_targets(model, config).projected} == set(expected)
+    if pattern and all(".experts." in name for name in expected):
+        # PEFT leaves out keys that match nothing, here they are errors.
+        config.rank_pattern = {key: rank for key, rank in pattern.items() if rank in expected.values()}
+        ranks = {target.name: target.rank for target in find_targets(model, config).projected}
+        assert ranks == expected
+
+
+@pytest.mark.parametrize("entry", ["proj", "experts", "up_proj", "mlp.gate_up_proj", "q_proj"])
+def test_parameters_are_named_in_full_or_from_a_dot_on(entry):
+    with pytest.raises(ValueError, match="target_parameters"):
+        peft_parameters(build_mixtral(), target_parameters=[entry])
+    with pytest.raises(ValueError, match=f"target_parameters: '{entry}' matches no parameter"):
+        find_targets(build_mixtral(), FiraConfig(target_parameters=[entry]))
+
+
+def experts_of(plan) -> set[str]:
+    return {target.name for target in plan.projected if ".experts." in target.name}
+
+
+STACKS = {f"model.layers.{i}.mlp.experts.{leaf}" for i in (0, 1) for leaf in ("gate_up_proj", "down_proj")}
+
+
+def test_all_linear_covers_the_experts():
+    """PEFT finds no layer there that it could wrap; an optimizer needs none."""
+    model = build_mixtral()
+    plan = find_targets(model, FiraConfig(rank=8))
+    assert experts_of(plan) == STACKS
+    assert projected_modules(model, FiraConfig()) == peft_modules(model, target_modules="all-linear")
+    assert {target.matrices for target in plan.projected} == {1, 4}
+
+
+def test_all_linear_takes_only_experts_of_what_is_three_dimensional():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.zeros(3, 8, 8))
+
+    model = nn.ModuleDict({"linear": nn.Linear(8, 8), "other": Other(), "conv": nn.Conv1d(8, 8, 3)})
+    plan = find_targets(model, FiraConfig())
+    assert [target.name for target in plan.projected] == ["linear.weight"]
+    reasons = {entry.name: entry.reason for entry in plan.skipped}
+    assert "Other" in reasons["other.table"] and "Conv1d" in reasons["conv.weight"]
+    plan = find_targets(model, FiraConfig(target_parameters=["table"]))
+    assert [(target.name, target.matrices) for target in plan.projected] == [("linear.weight", 1), ("other.table", 3)]
+
+
+def test_experts_that_are_left_out_name_the_setting_that_takes_them():
+    plan = find_targets(build_mixtral(), FiraConfig(target_modules=["q_proj"]))
+    reasons = {entry.name: entry.reason for entry in plan.skipped}
+    assert {name for name, reason in reasons.items() if "target_parameters" in reason} == STACKS
+
+
+@pytest.mark.parametrize("targets", [{}, {"target_modules": [], "target_parameters": ["gate_up_proj", "down_proj"]}])
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [
+        ({"exclude_modules": ["experts.down_proj"]}, {name for name in STACKS if "gate_up" in name}),
+        ({"exclude_modules": ["layers.0.mlp.experts"]}, {name for name in STACKS if ".1." in name}),
+        ({"exclude_modules": r".*\.1\..*"}, {name for name in STACKS if ".0." in name}),
+        ({"layers_to_transform": 1}, {name for name in STACKS if ".1." in name}),
+        ({"layers_to_transform": [0], "layers_pattern": "layers"}, {name for name in STACKS if ".0." in name}),
+    ],
+    ids=str,
+)
+def test_experts_are_restricted_as_layers_are(settings, left, targets):
+    plan = find_targets(build_mixtral(), FiraConfig(**targets, **settings))
+    assert experts_of(plan) == left
+    reasons = {entry.name: entry.reason for entry in plan.skipped}
+    (setting,) = settings.keys() - {"layers_pattern"}
+    assert {name for name, reason in reasons.items() if setting in reason} & STACKS == STACKS - left
+
+
+def test_a_parameter_that_is_named_in_full_needs_no_index():
+    name = "model.layers.0.mlp.experts.down_proj"
+    config = FiraConfig(target_modules=[], target_parameters=[name, "gate_up_proj"], layers_to_transform=[1])
+    plan = find_targets(build_mixtral(), config)
+    assert experts_of(plan) == {name, "model.layers.1.mlp.experts.gate_up_proj"}
+
+
+def test_ranks_and_alphas_of_experts():
+    config = FiraConfig(rank=50, rank_pattern={"gate_up_proj": 4}, alpha_pattern={r"layers\.1\..*experts.*": 0.5})
+    found = {target.name: target for target in find_targets(build_mixtral(), config).projected}
+    for name in STACKS:
+        assert found[name].rank == (4 if "gate_up" in name else 32), "cut to the short side of an expert"
+        assert found[name].alpha == (0.5 if ".1." in name else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("entry", "near"),
+    [("gate_up_porj", "gate_up_proj"), ("mlp.experts.donw_proj", "down_proj"), ("nothing", "down_proj")],
+)
+def test_an_unmatched_parameter_is_named_with_real_names_nearby(entry, near):
+    with pytest.raises(ValueError, match=f"target_parameters: '{entry}' matches no parameter.*{near}'"):
+        find_targets(build_mixtral(), FiraConfig(target_parameters=["gate_up_proj", entry]))
+
+
+def test_a_parameter_that_is_no_matrix_is_an_error():
+    with pytest.raises(
+        ValueError, match=r"target_parameters: 'norm.weight' matches model.norm.weight, of shape \(32,\)"
+    ):
+        find_targets(build_mixtral(), FiraConfig(target_parameters=["norm.weight"]))
+
+
+def test_a_frozen_parameter_says_so():
+    model = build_mixtral()
+    for name, p in model.named_parameters():
+        p.requires_grad_("experts" not in name)
+    assert not experts_of(find_targets(model, FiraConfig()))
+    with pytest.raises(ValueError, match="target_parameters: 'gate_up_proj' matches only frozen weights"):
+        find_targets(model, FiraConfig(target_parameters=["gate_up_proj"]))
+
+
+@pytest.mark.parametrize("entry", ["experts", "gate_up_proj", "mlp.experts.down_proj"])
+def test_experts_asked_for_as_modules_are_sent_to_the_right_setting(entry):
+    with pytest.raises(ValueError, match=f"target_modules: '{entry}'.*target_parameters"):
+        find_targets(build_mixtral(), FiraConfig(target_modules=["q_proj", entry]))
+
+
+def test_the_trainer_sends_experts_to_the_right_setting(tmp_path):
+    with pytest.raises(ValueError, match="optim_target_modules: 'experts'.*target_parameters.*config=PATH"):
+        trainer_groups(build_mixtral(), "fira", ["attn", "experts"], tmp_path)
+
+
+def test_under_a_peft_model_the_adapters_of_experts_are_chosen():
+    model = get_peft_model(build_mixtral(), LoraConfig(r=2, target_parameters=["experts.down_proj"]))
+    plan = find_targets(model, FiraConfig(target_modules=["experts"]))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and [target.name for target in plan.projected] == [n for n in trained if ".experts." in n]
+    with pytest.raises(ValueError, match="target_parameters: 'experts.down_proj' matches only frozen weights"):
+        find_targets(model, FiraConfig(target_parameters=["experts.down_proj"]))
+
+
+def test_a_trained_copy_of_the_experts_answers_to_their_names():
+    model = get_peft_model(build_mixtral(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["experts"]))
+    for config in (FiraConfig(), FiraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])):
+        found = experts_of(find_targets(model, config))
+        assert len(found) == (4 if config.target_parameters is None else 2)
+        assert all("modules_to_save" in name for name in found)
+
+
+# --------------------------------------------------------------------------- fused projections
+
+
+def splits(model, config) -> dict[str, tuple[int, bool]]:
+    return {t.name: (t.split, t.transposed) for t in find_targets(model, config).projected if t.split > 1}
+
+
+def test_split_pattern_is_matched_as_rank_pattern_is():
+    found = splits(build_gpt2(), FiraConfig(split_pattern={r"h\.0\.attn\.c_attn": 3, "c_fc": 2}))
+    assert found == {
+        "transformer.h.0.attn.c_attn.weight": (3, True),
+        "transformer.h.0.mlp.c_fc.weight": (2, True),
+        "transformer.h.1.mlp.c_fc.weight": (2, True),
+    }
+    found = splits(build_mixtral(), FiraConfig(split_pattern={"experts.gate_up_proj": 2}))
+    assert found == {name: (2, False) for name in STACKS if "gate_up" in name}
+
+
+def test_parts_are_cut_along_the_outputs():
+    """(32, 96) in GPT-2: three parts of 32 outputs; the rank is cut to the short side of a part."""
+    (target,) = find_targets(
+        build_gpt2(),
+        FiraConfig(
+            rank=50, target_modules=["c_attn"], split_pattern={"c_attn": 12}, layers_to_transform=0, layers_pattern="h"
+        ),
+    ).projected
+    assert (target.matrices, target.rank) == (12, 8)
+
+
+@pytest.mark.parametrize(
+    ("build", "pattern", "words"),
+    [
+        (build_gpt2, {"c_attn": 5}, "5 does not divide the output dimension of .*c_attn.*equal|unequal"),
+        (build_gpt2, {"c_atn": 3}, "split_pattern: 'c_atn' matches no projected layer.*'c_attn'"),
+        (build_gpt2, {"wte": 2}, "split_pattern: 'wte' matches no projected layer"),
+    ],
+    ids=["does not divide", "misspelt", "not projected"],
+)
+def test_a_split_that_cannot_be_made_is_an_error(build, pattern, words):
+    with pytest.raises(ValueError, match=words):
+        find_targets(build(), FiraConfig(split_pattern=pattern))
+
+
+def test_interleaved_parts_are_refused():
+    """GPT-OSS stores gate and up in turns: its first half is no part of either."""
+    config = GptOssConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        head_dim=8,
+    )
+    with torch.device("meta"):
+        model = GptOssForCausalLM(config)
+    assert {t.transposed for t in find_targets(model, FiraConfig()).projected if ".experts." in t.name} == {True}
+    with pytest.raises(ValueError, match=r"split_pattern: .*gate_up_proj.*one after another"):
+        find_targets(model, FiraConfig(split_pattern={"gate_up_proj": 2}))
 
 
 # --------------------------------------------------------------------------- the Trainer's rule
