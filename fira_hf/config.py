@@ -151,7 +151,8 @@ class FiraConfig:
         rank_pattern: module name or regular expression -> rank, where it differs from `rank`.
         alpha_pattern: the same for `alpha`.
         split_pattern: module name or regular expression -> the number of equal parts that the weight fuses one after
-            another along its output dimension (3 for GPT-2's "c_attn"); each is projected by itself.
+            another along its output dimension (3 for GPT-2's "c_attn"); each is projected by itself. That they are
+            equal, and not in turns, is not seen from the shape.
         projection: how a basis is found. "svd": the leading right singular vectors of the gradient, as published;
             "power": one step of block power iteration from the previous basis, about as good and far cheaper;
             "random": a random subspace, whatever the gradient.
