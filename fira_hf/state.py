@@ -1,0 +1,110 @@
+"""The optimizer's state, matrix by matrix: what a step and a refresh read and write, and how they are batched."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# Matrices of one shape are taken together up to this many elements of their low-rank gradients: 4 MiB on the CPU,
+# elsewhere enough that starting the operations does not take longer than the operations.
+BATCH = {"cpu": 2**20}
+BATCH_ELSEWHERE = 2**22
+
+
+def first_states(param_groups: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """Parameter -> the plain numbers that its state begins with, from its place among all parameters.
+
+    seed: for what is drawn at random. phase: the update, counted from 0, before which the basis is first refreshed,
+    and then every `update_proj_gap`; staggered, so that each update has its share of the work.
+    """
+    first: dict[Any, dict[str, Any]] = {}
+    staggered = [group for group in param_groups if group.get("refresh") == "staggered"]
+    total = sum(p.numel() * group["rank"] for group in staggered for p in group["params"])
+    before = 0
+    for group in param_groups:
+        for p in group["params"]:
+            first[p] = {"seed": len(first)}
+            if "rank" not in group:
+                continue
+            phases = []
+            for _ in range(len(p) if p.ndim == 3 else 1):
+                phases.append(0)
+                if group["refresh"] == "staggered":
+                    phases[-1] = 1 + group["update_proj_gap"] * before // total
+                    before += p.shape[-2] * p.shape[-1] * group["rank"]
+            first[p]["phase"] = phases if p.ndim == 3 else phases[0]
+    return first
+
+
+class Matrix:
+    """One projected matrix: a parameter, or one of those that a 3-D parameter stacks, with its part of the state."""
+
+    __slots__ = ("grad", "index", "parameter", "state", "weight")
+
+    def __init__(self, parameter: Any, state: dict[str, Any], index: int | None) -> None:
+        self.parameter, self.state, self.index = parameter, state, index
+        self.weight, self.grad = (x if index is None else x[index] for x in (parameter, parameter.grad))
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has a basis."""
+        return "refresh_in" in self.state and self["refresh_in"] is not None
+
+    def begin(self, Q: Tensor, state_dtype: str) -> None:
+        """Creates the state, if this is the first matrix of its parameter, with the first basis (short, r)."""
+        p, state = self.parameter, self.state
+        if "basis" not in state:
+            dtype = getattr(torch, state_dtype)
+            stack, short, long = p.shape[:-2], *sorted(p.shape[-2:])
+            state["refresh_in"] = [None] * len(p) if stack else None
+            state |= {name: Q.new_zeros(*stack, long, Q.shape[1], dtype=dtype) for name in MOMENTS}
+            state["step"] = Q.new_zeros(stack)
+            state["residual_norm"] = Q.new_full(stack, torch.inf)
+            state["basis"] = Q.new_zeros(*stack, Q.shape[1], short, dtype=dtype).mT
+        self["refresh_in"] = 0
+        self["basis"].copy_(Q)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.state[name] if self.index is None else self.state[name][self.index]
+
+    def __setitem__(self, name: str, value: int) -> None:
+        if self.index is None:
+            self.state[name] = value
+        else:
+            self.state[name][self.index] = value
+
+
+def matrices_of(p: Any, states: Mapping[Any, dict[str, Any]]) -> list[Matrix]:
+    """The matrices of a parameter, all with its one state, which is empty before the first of them begins."""
+    state = states.get(p, {})
+    return [Matrix(p, state, index) for index in ([None] if p.ndim == 2 else range(len(p)))]
+
+
+def batches(matrices: Iterable[Matrix], rank: int) -> Iterator[list[Matrix]]:
+    """Matrices of one shape (as tall ones), dtype and device, at most `BATCH` low-rank elements together."""
+    alike: dict[Any, list[Matrix]] = defaultdict(list)
+    for matrix in matrices:
+        shape, p = matrix.weight.shape, matrix.parameter
+        alike[max(shape), min(shape), p.dtype, p.grad.dtype, p.device].append(matrix)
+    for (long, short, *_, device), members in alike.items():
+        size = max(1, BATCH.get(device.type, BATCH_ELSEWHERE) // (long * min(rank, short)))
+        for i in range(0, len(members), size):
+            yield members[i : i + size]
+
+
+def next_seed(state: dict[str, Any]) -> int:
+    """A seed for one draw; advances the state's (Knuth's MMIX generator), so that a resumed run draws the same."""
+    state["seed"] = (state["seed"] * 6364136223846793005 + 1442695040888963407) % 2**63
+    return int(state["seed"])
+
+
+def rounding_generator(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> torch.Generator | None:
+    """The generator of this step's roundings, if something of the parameter is rounded at random."""
+    if group["state_dtype"] != "float32" or (group["stochastic_rounding"] and p.dtype == torch.bfloat16):
+        return torch.Generator(p.device).manual_seed(next_seed(state))
+    return None
