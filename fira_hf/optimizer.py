@@ -13,6 +13,7 @@ from torch.optim.adamw import adamw
 from . import functional as F
 from .checkpoint import check_checkpoint, pairs
 from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig, check_setting, unknown_name
+from .distributed import agree, local, sharded_like
 from .refresh import refresh
 from .state import MOMENTS, Matrix, batches, first_states, matrices_of, rounding_generator
 
@@ -138,10 +139,9 @@ class FiraAdamW(torch.optim.Optimizer):
             for p in parameters:
                 if p.grad.is_sparse:
                     raise RuntimeError("FiraAdamW does not take sparse gradients: use sparse=False in the embedding.")
-                if hasattr(p, "device_mesh") or ("rank" in group and p.ndim not in (2, 3)):
+                if "rank" in group and p.ndim not in (2, 3):
                     raise RuntimeError(
-                        "FiraAdamW cannot train sharded or flattened weights (FSDP, DeepSpeed, tensor parallel): use "
-                        "one device or DDP."
+                        "FiraAdamW cannot project flattened weights (FSDP1, DeepSpeed): use DDP or fully_shard."
                     )
             if not parameters:
                 continue
@@ -162,16 +162,22 @@ class FiraAdamW(torch.optim.Optimizer):
 
     def _step_projected(self, matrices: list[Matrix], group: dict[str, Any]) -> None:
         """One step of matrices of one shape and dtype; what is low-rank is stacked along a first dimension."""
-        grads = [F.tall(matrix.grad) for matrix in matrices]
+        shards = matrices[0].shards
+        total = shards.total if shards else F.total_norms
+        grads = [matrix.tall(matrix.grad) for matrix in matrices]
         bases = [matrix["basis"].float() for matrix in matrices]
+        if shards:
+            bases = [shards.own_columns(Q) for Q in bases]
         R = bases[0].new_empty(len(grads), len(grads[0]), bases[0].shape[1])
         row_norms = []
         for G, Q, out in zip(grads, bases, R, strict=True):
             F.project(G, Q, out)
             row_norms.append(F.row_norms(G))  # now, while the gradient is in the cache
         G_norms = torch.stack(row_norms)
+        if shards:
+            R, G_norms = shards.collect(R, G_norms)
 
-        active: Tensor | None = F.are_usable(G_norms)
+        active: Tensor | None = F.are_usable(G_norms, total)
         assert active is not None
         if matrices[0].parameter.device.type == "cpu":
             # Here a look at the gradients costs nothing. Elsewhere the device decides by itself.
@@ -198,8 +204,8 @@ class FiraAdamW(torch.optim.Optimizer):
         # (s, k) of `functional`: how alpha enters the residual.
         alpha = group["alpha"]
         s, k = (1.0, alpha) if group["residual"] == "reference" else (alpha, 1.0)
-        phi = F.residual_scale(N_norms, R_norms, group["scaling"])
-        norm = F.residual_norm(phi, G_norms, R_norms, k)
+        phi = F.residual_scale(N_norms, R_norms, group["scaling"], total)
+        norm = F.residual_norm(phi, G_norms, R_norms, k, total)
         histories = [matrix["residual_norm"] for matrix in matrices]
         previous = torch.stack(histories).view(-1, 1, 1)
         c, limited_norm = F.limit(norm, previous, group["gamma"])
@@ -209,6 +215,8 @@ class FiraAdamW(torch.optim.Optimizer):
 
         B = phi * (s * c * eta)
         A = N.mul_(alpha * eta).addcmul_(B, R, value=-k)
+        if shards:
+            A, B = shards.spread(A, B, max(matrices[0].shape))
         decay = 1 - group["lr"] * group["weight_decay"]
         for i, (matrix, G) in enumerate(zip(matrices, grads, strict=True)):
             on = None if active is None else active[i]
@@ -216,15 +224,16 @@ class FiraAdamW(torch.optim.Optimizer):
             for moments, new in zip(stored, (M, V), strict=True):
                 F.store(moments[i], new[i], generator)
             at_random = generator if group["stochastic_rounding"] else None
-            F.apply_update(F.tall(matrix.weight), G, A[i], bases[i], B[i], decay, on, at_random)
+            F.apply_update(matrix.tall(matrix.weight), G, A[i], bases[i], B[i], decay, on, at_random)
         if self.track_statistics:
-            self._add_statistics(G_norms, R_norms, alpha * N_norms, s * c * norm, c, active)
+            whole = total(torch.stack([G_norms, R_norms, alpha * N_norms]))
+            self._add_statistics(whole[0], whole[1], whole[2], s * c * norm, c, active)
 
     def _step_dense(self, parameters: list[Any], group: dict[str, Any], first: dict[Any, dict[str, Any]]) -> None:
         """torch's fused AdamW, which leaves everything as it is on the device where `found_inf` is 1."""
-        norms = torch._foreach_norm([p.grad for p in parameters], 2.0, torch.float32)
+        norms = torch._foreach_norm([local(p.grad) for p in parameters], 2.0, torch.float32)
         device = parameters[0].device
-        finite = torch.isfinite(torch.stack([norm.to(device) for norm in norms])).all()
+        finite = agree(torch.isfinite(torch.stack([norm.to(device) for norm in norms])).all(), parameters)
         settings: dict[str, Any] = {
             "fused": True,
             "found_inf": (~finite).float(),
@@ -240,27 +249,27 @@ class FiraAdamW(torch.optim.Optimizer):
         for p in parameters:
             if not self.state.get(p):
                 dtype = getattr(torch, group["state_dtype"])
-                moments = {name: torch.zeros_like(p, dtype=dtype) for name in MOMENTS}
+                part = local(p.detach())
+                moments = {name: sharded_like(p, torch.zeros_like(part, dtype=dtype), p.shape) for name in MOMENTS}
                 self.state[p] = {"step": torch.zeros((), device=p.device), **moments, **first[p]}
             states.append(self.state[p])
 
         # The kernel wants one dtype and one memory layout. A weight that differs from its gradient or moments in
         # either is updated in blocks of its rows, in fp32, and rounded once.
         plain: list[tuple[Tensor, ...]] = []
-        others: list[tuple[Any, dict[str, Any]]] = []
+        others: list[tuple[Any, dict[str, Any], tuple[Tensor, ...]]] = []
         for p, state in zip(parameters, states, strict=True):
-            tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
-            if all(x.dtype == torch.float32 and x.stride() == p.stride() for x in tensors):
+            tensors = tuple(map(local, (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])))
+            if all(x.dtype == torch.float32 and x.stride() == tensors[0].stride() for x in tensors):
                 plain.append((*tensors, state["step"]))
             else:
-                others.append((p, state))
+                others.append((p, state, tensors))
         if plain:
             weights, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*plain, strict=True))
             adamw(weights, grads, exp_avgs, exp_avg_sqs, [], steps, **settings)
-        for p, state in others:
+        for p, state, parts in others:
             generator = rounding_generator(p, state, group)
             at_random = generator if group["stochastic_rounding"] else None
-            parts = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
             for w, g, m, v in zip(*(F.row_blocks(torch.atleast_1d(x)) for x in parts), strict=True):
                 new_w, new_g, new_m, new_v = (
                     x.to(torch.float32, memory_format=torch.contiguous_format, copy=True) for x in (w, g, m, v)
@@ -273,12 +282,12 @@ class FiraAdamW(torch.optim.Optimizer):
             state["step"].copy_(count)
 
     def _add_statistics(
-        self, G_norms: Tensor, R_norms: Tensor, low_norms: Tensor, residual: Tensor, c: Tensor, active: Tensor | None
+        self, G_norm: Tensor, R_norm: Tensor, low_norm: Tensor, residual: Tensor, c: Tensor, active: Tensor | None
     ) -> None:
-        energy = F.total_norms(R_norms).square() / F.total_norms(G_norms).square()
+        energy = R_norm.square() / G_norm.square()
         # An infinite residual norm stands for a negligible one.
         residual_sq = torch.where(torch.isfinite(residual), residual, 0.0).square()
-        share = residual_sq / (residual_sq + F.total_norms(low_norms).square())
+        share = residual_sq / (residual_sq + low_norm.square())
         columns = torch.cat([torch.ones_like(c), (c < 1).float(), energy, share], dim=1).flatten(1)
         row = (columns if active is None else torch.where(active[:, None], columns, 0.0)).sum(0)
         total = self._sums.get(row.device)

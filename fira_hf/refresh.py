@@ -30,6 +30,14 @@ def refresh(
         return
     rank = group["rank"]
     seeds = {matrix: next_seed(matrix.state) for matrix in due}
+    sharded = {matrix: matrix.shards for matrix in due if matrix.shards is not None}
+    for matrix, shards in sharded.items():
+        method, wait = due.pop(matrix)
+        if method == "svd":
+            raise RuntimeError('projection="svd" needs whole gradients, and FSDP shards them: set projection="power".')
+        previous = matrix["basis"].float() if matrix.begun else None
+        G = matrix.tall(matrix.grad)
+        _take(matrix, shards.find_basis(G, matrix.shape, rank, method, previous, seeds[matrix]), wait, group)
     owner = dict(zip(due, owners([matrix.weight.numel() for matrix in due], process_group), strict=True))
     own: dict[Matrix, Tensor | None] = {}
     for method in sorted({method for method, _ in due.values()}):
@@ -57,8 +65,12 @@ def _due(
     """The matrices that get a basis now -> by which method, and in how many updates the next one is due."""
     if not matrices:
         return {}
-    norms = torch._foreach_norm([matrix.grad for matrix in matrices], 2.0, torch.float32)
-    usable = F.are_usable(torch.stack([norm.to(norms[0].device) for norm in norms]).view(-1, 1, 1)).tolist()
+    parts = torch._foreach_norm([matrix.grad for matrix in matrices], 2.0, torch.float32)
+    norms = torch.stack([part.to(parts[0].device) for part in parts]).view(-1, 1, 1)
+    for shards in {matrix.shards: None for matrix in matrices if matrix.shards is not None}:
+        chosen = [i for i, matrix in enumerate(matrices) if matrix.shards == shards]
+        norms[chosen] = shards.total(norms[chosen])
+    usable = F.are_usable(norms).tolist()
     gap, due = group["update_proj_gap"], {}
     for matrix, ok in zip(matrices, usable, strict=True):
         if not ok:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import Shards, local, sharded_like, shards_of
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Matrices of one shape are taken together up to this many elements of their low-rank gradients: 4 MiB on the CPU,
 # elsewhere enough that starting the operations does not take longer than the operations.
@@ -44,11 +46,17 @@ def first_states(param_groups: list[dict[str, Any]]) -> dict[Any, dict[str, Any]
 class Matrix:
     """One projected matrix: a parameter, or one of those that a 3-D parameter stacks, with its part of the state."""
 
-    __slots__ = ("grad", "index", "parameter", "state", "weight")
+    __slots__ = ("grad", "index", "parameter", "shape", "shards", "state", "weight")
 
-    def __init__(self, parameter: Any, state: dict[str, Any], index: int | None) -> None:
-        self.parameter, self.state, self.index = parameter, state, index
-        self.weight, self.grad = (x if index is None else x[index] for x in (parameter, parameter.grad))
+    def __init__(self, parameter: Any, state: dict[str, Any], index: int | None, shards: Shards | None) -> None:
+        self.parameter, self.state, self.index, self.shards = parameter, state, index, shards
+        self.shape = parameter.shape[-2:]
+        weight, grad = local(parameter.detach()), local(parameter.grad)
+        self.weight, self.grad = (weight, grad) if index is None else (weight[index], grad[index])
+
+    def tall(self, tensor: Tensor) -> Tensor:
+        """Weight or gradient, or this process's part of it, with the long side of the whole first."""
+        return tensor if self.shape[0] >= self.shape[1] else tensor.t()
 
     @property
     def begun(self) -> bool:
@@ -62,7 +70,10 @@ class Matrix:
             dtype = getattr(torch, state_dtype)
             stack, short, long = p.shape[:-2], *sorted(p.shape[-2:])
             state["refresh_in"] = [None] * len(p) if stack else None
-            state |= {name: Q.new_zeros(*stack, long, Q.shape[1], dtype=dtype) for name in MOMENTS}
+            own = self.shards.own(long) if self.shards else slice(0, long)
+            for name in MOMENTS:
+                part = Q.new_zeros(*stack, own.stop - own.start, Q.shape[1], dtype=dtype)
+                state[name] = sharded_like(p, part, (*stack, long, Q.shape[1]))
             state["step"] = Q.new_zeros(stack)
             state["residual_norm"] = Q.new_full(stack, torch.inf)
             state["basis"] = Q.new_zeros(*stack, Q.shape[1], short, dtype=dtype).mT
@@ -70,7 +81,10 @@ class Matrix:
         self["basis"].copy_(Q)
 
     def __getitem__(self, name: str) -> Any:
-        return self.state[name] if self.index is None else self.state[name][self.index]
+        value = self.state[name]
+        if self.shards is not None and name in MOMENTS:
+            return local(value)
+        return value if self.index is None else value[self.index]
 
     def __setitem__(self, name: str, value: int) -> None:
         if self.index is None:
@@ -82,16 +96,17 @@ class Matrix:
 def matrices_of(p: Any, states: Mapping[Any, dict[str, Any]]) -> list[Matrix]:
     """The matrices of a parameter, all with its one state, which is empty before the first of them begins."""
     state = states.get(p, {})
-    return [Matrix(p, state, index) for index in ([None] if p.ndim == 2 else range(len(p)))]
+    shards = shards_of(p)
+    return [Matrix(p, state, index, shards) for index in ([None] if p.ndim == 2 else range(len(p)))]
 
 
 def batches(matrices: Iterable[Matrix], rank: int) -> Iterator[list[Matrix]]:
-    """Matrices of one shape (as tall ones), dtype and device, at most `BATCH` low-rank elements together."""
+    """Matrices of one shape (as tall ones), device, dtype and layout, at most `BATCH` low-rank elements together."""
     alike: dict[Any, list[Matrix]] = defaultdict(list)
     for matrix in matrices:
-        shape, p = matrix.weight.shape, matrix.parameter
-        alike[max(shape), min(shape), p.dtype, p.grad.dtype, p.device].append(matrix)
-    for (long, short, *_, device), members in alike.items():
+        shape, p = matrix.shape, matrix.parameter
+        alike[max(shape), min(shape), p.device, p.dtype, p.grad.dtype, matrix.shards].append(matrix)
+    for (long, short, device, *_), members in alike.items():
         size = max(1, BATCH.get(device.type, BATCH_ELSEWHERE) // (long * min(rank, short)))
         for i in range(0, len(members), size):
             yield members[i : i + size]
