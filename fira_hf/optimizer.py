@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from . import functional as F
@@ -133,6 +134,7 @@ class FiraAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        is_rehearsal = self._is_rehearsal()
         first: dict[Any, dict[str, Any]] | None = None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
@@ -147,6 +149,10 @@ class FiraAdamW(torch.optim.Optimizer):
                 continue
             if first is None and any(not self.state.get(p) for p in parameters):
                 first = first_states(self.param_groups)
+            if first is not None:
+                self._create_states(group, first, everywhere=is_rehearsal)
+            if is_rehearsal:
+                continue
             # Under autocast the products would be taken in half precision.
             with torch.autocast(parameters[0].device.type, enabled=False):
                 if "rank" in group:
@@ -159,6 +165,28 @@ class FiraAdamW(torch.optim.Optimizer):
                 else:
                     self._step_dense(parameters, group, first or {})
         return loss
+
+    def _is_rehearsal(self) -> bool:
+        """Whether this is the step, with zero gradients at a learning rate of 0, by which torch.distributed.checkpoint
+        has an optimizer create its state before it loads one."""
+        if self.state or any(group["lr"] for group in self.param_groups):
+            return False
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return not any(local(grad).any() for grad in grads)
+
+    def _create_states(self, group: dict[str, Any], first: dict[Any, dict[str, Any]], everywhere: bool) -> None:
+        """Creates the states of a group's weights, whatever their gradients: of those that are sharded, or everywhere.
+
+        A distributed checkpoint is loaded into states that are there, so they must be the same in every run.
+        """
+        for p in group["params"]:
+            if self.state.get(p) or not (everywhere or isinstance(p, DTensor)):
+                continue
+            if "rank" in group:
+                self.state[p] = {}
+                matrices_of(p, self.state)[0].create(group, first[p])
+            else:
+                self._create_dense(p, group, first[p])
 
     def _step_projected(self, matrices: list[Matrix], group: dict[str, Any]) -> None:
         """One step of matrices of one shape and dtype; what is low-rank is stacked along a first dimension."""
@@ -248,10 +276,7 @@ class FiraAdamW(torch.optim.Optimizer):
         states = []
         for p in parameters:
             if not self.state.get(p):
-                dtype = getattr(torch, group["state_dtype"])
-                part = local(p.detach())
-                moments = {name: sharded_like(p, torch.zeros_like(part, dtype=dtype), p.shape) for name in MOMENTS}
-                self.state[p] = {"step": torch.zeros((), device=p.device), **moments, **first[p]}
+                self._create_dense(p, group, first[p])
             states.append(self.state[p])
 
         # The kernel wants one dtype and one memory layout. A weight that differs from its gradient or moments in
@@ -280,6 +305,11 @@ class FiraAdamW(torch.optim.Optimizer):
                 F.store(m, new_m, generator)
                 F.store(v, new_v, generator)
             state["step"].copy_(count)
+
+    def _create_dense(self, p: Any, group: dict[str, Any], first: dict[str, Any]) -> None:
+        zeros = torch.zeros_like(local(p.detach()), dtype=getattr(torch, group["state_dtype"]))
+        moments = {name: sharded_like(p, zeros.clone(), p.shape) for name in MOMENTS}
+        self.state[p] = {"step": torch.zeros((), device=p.device), **moments, **first}
 
     def _add_statistics(
         self, G_norm: Tensor, R_norm: Tensor, low_norm: Tensor, residual: Tensor, c: Tensor, active: Tensor | None

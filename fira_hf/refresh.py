@@ -94,7 +94,7 @@ def _take(matrix: Matrix, Q: Tensor | None, wait: int, group: dict[str, Any]) ->
     if Q is not None and matrix.begun:
         _change_basis(matrix, Q, group)
     elif Q is not None:
-        matrix.begin(Q, group["state_dtype"])
+        matrix.begin(Q, group)
     if matrix.begun:
         matrix["refresh_in"] = wait
 

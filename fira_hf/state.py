@@ -63,20 +63,24 @@ class Matrix:
         """Whether it has a basis."""
         return "refresh_in" in self.state and self["refresh_in"] is not None
 
-    def begin(self, Q: Tensor, state_dtype: str) -> None:
-        """Creates the state, if this is the first matrix of its parameter, with the first basis (short, r)."""
-        p, state = self.parameter, self.state
-        if "basis" not in state:
-            dtype = getattr(torch, state_dtype)
-            stack, short, long = p.shape[:-2], *sorted(p.shape[-2:])
-            state["refresh_in"] = [None] * len(p) if stack else None
-            own = self.shards.own(long) if self.shards else slice(0, long)
-            for name in MOMENTS:
-                part = Q.new_zeros(*stack, own.stop - own.start, Q.shape[1], dtype=dtype)
-                state[name] = sharded_like(p, part, (*stack, long, Q.shape[1]))
-            state["step"] = Q.new_zeros(stack)
-            state["residual_norm"] = Q.new_full(stack, torch.inf)
-            state["basis"] = Q.new_zeros(*stack, Q.shape[1], short, dtype=dtype).mT
+    def create(self, group: dict[str, Any], first: dict[str, Any]) -> None:
+        """Creates the state of the parameter, with no basis yet; `first` is its entry in `first_states`."""
+        p, dtype = self.parameter, getattr(torch, group["state_dtype"])
+        stack, short, long = p.shape[:-2], *sorted(self.shape)
+        r, device = min(group["rank"], short), p.device
+        own = self.shards.own(long) if self.shards else slice(0, long)
+        self.state.update(first, refresh_in=[None] * len(p) if stack else None)
+        for name in MOMENTS:
+            part = torch.zeros(*stack, own.stop - own.start, r, dtype=dtype, device=device)
+            self.state[name] = sharded_like(p, part, (*stack, long, r))
+        self.state["step"] = torch.zeros(stack, device=device)
+        self.state["residual_norm"] = torch.full(stack, torch.inf, device=device)
+        self.state["basis"] = torch.zeros(*stack, r, short, dtype=dtype, device=device).mT
+
+    def begin(self, Q: Tensor, group: dict[str, Any]) -> None:
+        """Takes the first basis (short, r)."""
+        if "basis" not in self.state:
+            self.create(group, dict(self.state))
         self["refresh_in"] = 0
         self["basis"].copy_(Q)
 

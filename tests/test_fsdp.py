@@ -126,3 +126,43 @@ def test_the_result_of_one_process(tmp_path, processes, refresh, scaling):
     assert sharded == pytest.approx(single, rel=1e-3)
     # a low-rank gradient of the largest wide matrix with its norms, filled up to a multiple of the processes
     assert found["largest"] <= (161 + processes) * 9
+
+
+RESUME = (
+    COMMON
+    + """
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+folder, task = sys.argv[1:]
+model = build(world > 1)
+optimizer = prepare(model, refresh="staggered")
+sharded = world > 1
+if task == "save":
+    train(model, optimizer, 0, 20, sharded)
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/checkpoint")
+else:
+    weights, state = get_state_dict(model, optimizer)
+    saved = {"model": weights, "optimizer": state}
+    dcp.load(saved, checkpoint_id=f"{folder}/checkpoint")
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+train(model, optimizer, 20, 40, sharded)
+weights = full(model)
+if rank == 0:
+    torch.save(weights, f"{folder}/{task}-{world}.pt")
+dist.destroy_process_group()
+"""
+)
+
+
+def test_a_checkpoint_of_two_processes_goes_on_with_one_two_and_three(tmp_path):
+    """In the middle of an interval, by torch.distributed.checkpoint."""
+    launch(RESUME, tmp_path, 2, str(tmp_path), "save")
+    saved = torch.load(tmp_path / "save-2.pt")
+    for processes in (1, 2, 3):
+        launch(RESUME, tmp_path, processes, str(tmp_path), "resume")
+        resumed = torch.load(tmp_path / f"resume-{processes}.pt")
+        assert (resumed - saved).norm() <= 1e-5 * saved.norm()
+        if processes == 2:
+            assert torch.equal(resumed, saved)
