@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch.distributed as dist
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import check_target_module_exists
-from transformers.training_args import OptimizerNames
+from transformers.training_args import OptimizerNames, ParallelMode
 
 from .config import ALL_LINEAR, FiraConfig, unknown_name
 from .factory import build_optimizer
@@ -81,7 +82,8 @@ def register() -> None:
         if model is None:
             raise ValueError(f"optim={NAME!r} needs the model to choose the weights that it projects: pass model=...")
         _refuse_engines(args)
-        return TrainerFira, {"module": model, "config": config_from_args(args, model)}
+        replicas = dist.group.WORLD if args.parallel_mode is ParallelMode.DISTRIBUTED else None
+        return TrainerFira, {"module": model, "config": config_from_args(args, model), "process_group": replicas}
 
     Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)  # type: ignore
 
@@ -93,8 +95,16 @@ class TrainerFira(FiraAdamW):
     all users, so this class makes none of its own.
     """
 
-    def __new__(cls, params: list[dict[str, Any]], module: nn.Module, config: FiraConfig) -> FiraAdamW:  # type: ignore[misc]
-        return build_optimizer(module, config, params)
+    def __new__(  # type: ignore[misc]
+        cls,
+        params: list[dict[str, Any]],
+        module: nn.Module,
+        config: FiraConfig,
+        process_group: dist.ProcessGroup | None,
+    ) -> FiraAdamW:
+        optimizer = build_optimizer(module, config, params)
+        optimizer.process_group = process_group
+        return optimizer
 
 
 def _refuse_engines(args: TrainingArguments) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import fira_hf.optimizer
+import fira_hf.refresh
+import fira_hf.state
 from fira_hf import FiraAdamW, FiraConfig, get_fira_optimizer
 from reference import gradients, weight
 
@@ -33,7 +34,8 @@ SETTINGS = {
 @pytest.fixture
 def one_seed(monkeypatch):
     """Draws do not depend on the parameter that they are for: a stack has one seed, separate matrices have theirs."""
-    monkeypatch.setattr(fira_hf.optimizer, "_next_seed", lambda state: 7)
+    for module in (fira_hf.state, fira_hf.refresh):
+        monkeypatch.setattr(module, "next_seed", lambda state: 7)
 
 
 def optimizer_of(params, **settings):
