@@ -31,8 +31,8 @@ class FiraAdamW(torch.optim.Optimizer):
     experts of a layer) of which each is projected by itself; it may set `alpha`, `update_proj_gap`,
     `gamma`, `projection`, `refresh`, `moments`, `scaling` and `residual`, which mean and default to what they do in
     `FiraConfig`. A group without `rank` is AdamW by torch's formulas. Every group may set `state_dtype` and
-    `stochastic_rounding`. With `projection="svd"`, `refresh="together"`, `moments="kept"` and fp32 weights, projected
-    groups follow `fira==1.0.2` step for step.
+    `stochastic_rounding`. With the settings of `fira_hf.PUBLISHED` and fp32 weights, projected groups follow
+    `fira==1.0.2` step for step.
 
     State, created at a weight's first gradient that is finite and not zero (long >= short: sides of the weight;
     r = min(rank, short); moments and basis of `state_dtype`, whatever the weight's dtype, the scalars fp32; all kept

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import OptimizerNames, ParallelMode
 
-from .config import ALL_LINEAR, FiraConfig, unknown_name
+from .config import ALL_LINEAR, PUBLISHED, FiraConfig, unknown_name
 from .factory import build_optimizer
 from .optimizer import FiraAdamW
 from .targets import find_targets, linear_layers, unmatched
@@ -43,7 +43,9 @@ OPTIM_ARGS: dict[str, Callable[[str], Any]] = {
     "stochastic_rounding": _true_or_false,
     "dense_lr": float,
     "config": str,
+    "preset": str,
 }
+PRESETS = {"published": PUBLISHED}
 KINDS: dict[Any, str] = {int: "an integer", float: "a number", _true_or_false: "true or false"}
 # Settings that TrainingArguments carries already: FiraConfig's name -> theirs.
 TRAINER_ARGS = {
@@ -165,7 +167,7 @@ def config_from_args(args: TrainingArguments, model: nn.Module) -> FiraConfig:
 
 
 def parse_optim_args(text: str | None) -> dict[str, Any]:
-    """`"rank=128, alpha=0.25"` -> typed settings.
+    """`"rank=128, alpha=0.25"` -> typed settings. `preset=published` stands for those of `PUBLISHED`.
 
     Raises:
         ValueError: an entry is not `key=value`, a key is unknown or given twice, or a value is not of its type.
@@ -190,7 +192,14 @@ def parse_optim_args(text: str | None) -> dict[str, Any]:
             settings[name] = None if is_none else OPTIM_ARGS[name](value)
         except ValueError:
             raise ValueError(f"optim_args={text!r}: {name}={value!r} is not {KINDS[OPTIM_ARGS[name]]}.") from None
-    return settings
+    preset = settings.pop("preset", None)
+    if preset is None:
+        return settings
+    if preset not in PRESETS:
+        raise ValueError(f"optim_args={text!r}: {unknown_name('preset', preset, list(PRESETS))}")
+    if "config" in settings:
+        raise ValueError(f"optim_args={text!r}: preset and config exclude each other: write the preset into the file.")
+    return PRESETS[preset] | settings
 
 
 def _trainer_targets(model: nn.Module, targets: Any) -> str:

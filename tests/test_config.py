@@ -8,13 +8,13 @@ import math
 
 import pytest
 
-from fira_hf import FiraConfig
+from fira_hf import PUBLISHED, FiraConfig
 from fira_hf.targets import find_targets
 
 DEFAULTS = {
     "rank": 128,
     "alpha": 1.0,
-    "update_proj_gap": 200,
+    "update_proj_gap": 10,
     "gamma": 1.01,
     "target_modules": "all-linear",
     "exclude_modules": None,
@@ -22,9 +22,9 @@ DEFAULTS = {
     "layers_pattern": None,
     "rank_pattern": {},
     "alpha_pattern": {},
-    "projection": "svd",
-    "refresh": "together",
-    "moments": "kept",
+    "projection": "power",
+    "refresh": "staggered",
+    "moments": "rotated",
     "scaling": "column",
     "residual": "reference",
     "state_dtype": "float32",
@@ -35,6 +35,8 @@ DEFAULTS = {
     "weight_decay": 0.0,
     "dense_lr": None,
 }
+# What the published code does where the defaults differ.
+PUBLISHED_HERE = {"projection": "svd", "refresh": "together", "moments": "kept", "update_proj_gap": 200}
 
 EVERY_FIELD_SET = {
     "rank": 8,
@@ -62,9 +64,11 @@ EVERY_FIELD_SET = {
 }
 
 
-def test_defaults_are_the_published_ones():
+def test_defaults_and_the_published_choice():
     config = FiraConfig()
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+    published = FiraConfig(**PUBLISHED)
+    assert {name: getattr(published, name) for name in DEFAULTS} == DEFAULTS | PUBLISHED_HERE
 
 
 def test_the_tests_here_know_every_field():
