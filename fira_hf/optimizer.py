@@ -137,27 +137,31 @@ class FiraAdamW(torch.optim.Optimizer):
         places: Places | None = None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            for p in parameters:
-                if p.grad.is_sparse:
-                    raise RuntimeError("FiraAdamW does not take sparse gradients: use sparse=False in the embedding.")
-                if hasattr(p, "device_mesh") or ("rank" in group and p.ndim not in (2, 3)):
-                    raise RuntimeError(
-                        "FiraAdamW cannot train sharded or flattened weights (FSDP, DeepSpeed, tensor parallel): use "
-                        "one device or DDP."
-                    )
             if places is None and any(not self.state.get(p) for p in parameters):
                 places = self._places()
-            if not parameters:
-                continue
-            # Under autocast the products would be taken in half precision.
-            with torch.autocast(parameters[0].device.type, enabled=False):
-                if "rank" in group:
-                    matrices = [matrix for p in parameters for matrix in _matrices(p, self.state.get(p))]
-                    for batch in _batches(matrices, group["rank"]):
-                        self._step_projected(batch, group, places or {})
-                else:
-                    self._step_dense(parameters, group, places or {})
+            self._step_parameters(group, parameters, places or {})
         return loss
+
+    def _step_parameters(self, group: dict[str, Any], parameters: list[Any], places: Places) -> None:
+        """One step of some parameters of a group, each of which has a gradient."""
+        for p in parameters:
+            if p.grad.is_sparse:
+                raise RuntimeError("FiraAdamW does not take sparse gradients: use sparse=False in the embedding.")
+            if hasattr(p, "device_mesh") or ("rank" in group and p.ndim not in (2, 3)):
+                raise RuntimeError(
+                    "FiraAdamW cannot train sharded or flattened weights (FSDP, DeepSpeed, tensor parallel): use "
+                    "one device or DDP."
+                )
+        if not parameters:
+            return
+        # Under autocast the products would be taken in half precision.
+        with torch.autocast(parameters[0].device.type, enabled=False):
+            if "rank" in group:
+                matrices = [matrix for p in parameters for matrix in _matrices(p, self.state.get(p))]
+                for batch in _batches(matrices, group["rank"]):
+                    self._step_projected(batch, group, places)
+            else:
+                self._step_dense(parameters, group, places)
 
     def _places(self) -> Places:
         """The plain numbers that each parameter's state begins with, from its place among all parameters.
