@@ -199,6 +199,8 @@ def test_a_loop_of_ones_own():
                 else:
                     norms[-1].append(nn.utils.get_total_norm([p.grad for p in model.parameters()]))
                 optimizer.step(), scheduler.step(), optimizer.zero_grad()
+            if step == 5:
+                optimizer.load_state_dict(optimizer.state_dict())  # which makes new groups
             if hooks is not None and step == 7:
                 hooks.remove()
         models.append(model), optimizers.append(optimizer)
