@@ -199,7 +199,7 @@ def test_a_loop_of_ones_own():
                 else:
                     norms[-1].append(nn.utils.get_total_norm([p.grad for p in model.parameters()]))
                 optimizer.step(), scheduler.step(), optimizer.zero_grad()
-            if step == 5:
+            if step == 3:
                 optimizer.load_state_dict(optimizer.state_dict())  # which makes new groups
             if hooks is not None and step == 7:
                 hooks.remove()
