@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig
 from .optimizer import FiraAdamW
@@ -24,7 +25,8 @@ def get_fira_optimizer(model: nn.Module, config: FiraConfig | None = None) -> Fi
     """The optimizer for all trainable weights of the model.
 
     Weight decay spares what the Trainer spares: biases and normalisation layers. The optimizer's `summary` says what
-    is projected, what is not and why.
+    is projected, what is not and why. The processes of a model in `DistributedDataParallel` share the work of finding
+    bases; where the model is wrapped later, set the optimizer's `process_group` for that.
 
     Raises:
         ValueError: the config does not fit the model; see `find_targets`.
@@ -42,7 +44,10 @@ def get_fira_optimizer(model: nn.Module, config: FiraConfig | None = None) -> Fi
         if p.requires_grad:
             (no_decay if p in spared else decay).append(p)
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    return build_optimizer(model, config, groups)
+    optimizer = build_optimizer(model, config, groups)
+    if isinstance(model, DistributedDataParallel):
+        optimizer.process_group = model.process_group
+    return optimizer
 
 
 def build_optimizer(model: nn.Module, config: FiraConfig, params: Iterable[Any]) -> FiraAdamW:

@@ -23,7 +23,7 @@ any tensor of the weight's size exists, and the whole update is one product of r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,10 +67,14 @@ def total_norms(norms: Tensor) -> Tensor:
     return torch.linalg.vector_norm(norms, dim=-2, keepdim=True)
 
 
-def are_usable(norms: Tensor) -> Tensor:
+# What sums up rows: `total_norms`, or, where other processes have more rows, the same over all of them.
+Total = Callable[[Tensor], Tensor]
+
+
+def are_usable(norms: Tensor, total: Total = total_norms) -> Tensor:
     """(B,) bool from row norms (B, long, 1): gradients that are finite (their square in fp32, too) and not zero."""
-    total = total_norms(norms).flatten()
-    return torch.isfinite(total) & (total > 0)
+    whole = total(norms).flatten()
+    return torch.isfinite(whole) & (whole > 0)
 
 
 def project(G: Tensor, Q: Tensor, out: Tensor) -> Tensor:
@@ -109,23 +113,23 @@ def direction(
     return N
 
 
-def residual_scale(N_norms: Tensor, R_norms: Tensor, scaling: str) -> Tensor:
+def residual_scale(N_norms: Tensor, R_norms: Tensor, scaling: str, total: Total = total_norms) -> Tensor:
     """phi, (B, long, 1), from the row norms of N and R: one a row ("column"), one a matrix, or 1 ("none")."""
     if scaling == "none":
         return torch.ones_like(R_norms)
     if scaling == "matrix":
-        N_norms, R_norms = (total_norms(norms).expand_as(norms) for norms in (N_norms, R_norms))
+        N_norms, R_norms = total(torch.stack([N_norms, R_norms])).expand(2, *R_norms.shape)
     return N_norms / (R_norms + EPS)
 
 
-def residual_norm(phi: Tensor, G_norms: Tensor, R_norms: Tensor, k: float) -> Tensor:
+def residual_norm(phi: Tensor, G_norms: Tensor, R_norms: Tensor, k: float, total: Total = total_norms) -> Tensor:
     """||S|| of S = phi (G - k R Q^T) in closed form, (B, 1, 1); infinite where S is negligible beside phi G.
 
     phi, G_norms, R_norms: (B, long, 1). The subtraction can come out below zero where nearly all of G lies in the
     subspace and k = 1; it is clamped.
     """
     left = (G_norms.square() - k * (2 - k) * R_norms.square()).clamp_(min=0).sqrt_()
-    norm, whole = total_norms(phi * left), total_norms(phi * G_norms)
+    norm, whole = total(torch.stack([phi * left, phi * G_norms]))
     return torch.where(norm > NEGLIGIBLE * whole, norm, torch.inf)
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .optimizer import FiraAdamW, Places
+from .optimizer import FiraAdamW
+from .state import first_states
 
 END = -1  # what the processes compare at the end of a step, where in backward it is the place of a weight
 
@@ -19,7 +20,7 @@ class StepInBackward:
 
     def __init__(self, optimizer: FiraAdamW, when: Callable[[], bool], group: dist.ProcessGroup | None) -> None:
         self._optimizer, self._when, self._group = optimizer, when, group
-        self._places: Places | None = None
+        self._first: dict[Any, dict[str, Any]] | None = None
         # The norm of the gradient of each weight that has been stepped since the last `optimizer.step()`.
         self._norms: dict[Any, Tensor] = {}
         # Weight -> its group and its place among all. Not the group itself: load_state_dict makes new ones.
@@ -77,9 +78,11 @@ class StepInBackward:
         group, place = self._weights[p]
         if self._group is not None:
             self._average(p, place)
-        if self._places is None and not self._optimizer.state.get(p):
-            self._places = self._optimizer._places()
-        self._optimizer._step_parameters(self._optimizer.param_groups[group], [p], self._places or {})
+        is_new = not self._optimizer.state.get(p)
+        if is_new and self._first is None:
+            self._first = first_states(self._optimizer.param_groups)
+        owner = self._optimizer.param_groups[group]
+        self._optimizer._step_parameters(owner, [p], self._first if is_new else None)
         self._norms[p] = torch.linalg.vector_norm(p.grad)
         p.grad = None
 
@@ -95,7 +98,7 @@ class StepInBackward:
 
     def _after_step(self, *_: Any) -> None:
         self._norms.clear()
-        self._places = None
+        self._first = None
 
     def _average(self, p: Any, place: int) -> None:
         self._check_order(place)

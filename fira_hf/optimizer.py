@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from . import functional as F
 from .checkpoint import check_checkpoint, pairs
 from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig, check_setting, unknown_name
-from .subspace import find_bases, nearest_rotation
+from .distributed import agree, local, sharded_like
+from .refresh import refresh
+from .state import MOMENTS, Matrix, batches, first_states, matrices_of, rounding_generator
 
 ADAM_SETTINGS = ("lr", "betas", "eps", "weight_decay")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOMENTS = ("exp_avg", "exp_avg_sq")
-# Matrices of one shape are taken together up to this many elements of their low-rank gradients: 4 MiB on the CPU,
-# elsewhere enough that starting the operations does not take longer than the operations.
-BATCH = {"cpu": 2**20}
-BATCH_ELSEWHERE = 2**22
-# Parameter -> the plain numbers that its state begins with.
-Places = dict[Any, dict[str, Any]]
 STATISTICS = ("limiter_active", "captured_energy", "residual_share")
 
 
@@ -83,11 +79,15 @@ class FiraAdamW(torch.optim.Optimizer):
         # Where set, each step adds what `pop_statistics` averages, at the price of a few scalar operations a matrix.
         self.track_statistics = False
         self._sums: dict[torch.device, Tensor] = {}
+        # Replicas that hold the same weights and get the same gradients, as under DDP: each basis is found by one of
+        # them and broadcast. None: every process finds all bases.
+        self.process_group: ProcessGroup | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("config", "summary", "track_statistics", "_sums")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        # Processes are not part of what is copied or pickled.
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "process_group": None}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -134,79 +134,88 @@ class FiraAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        places: Places | None = None
+        is_rehearsal = self._is_rehearsal()
+        first: dict[Any, dict[str, Any]] | None = None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if places is None and any(not self.state.get(p) for p in parameters):
-                places = self._places()
-            self._step_parameters(group, parameters, places or {})
+            if first is None and any(not self.state.get(p) for p in parameters):
+                first = first_states(self.param_groups)
+            self._step_parameters(group, parameters, first, is_rehearsal)
         return loss
 
-    def _step_parameters(self, group: dict[str, Any], parameters: list[Any], places: Places) -> None:
-        """One step of some parameters of a group, each of which has a gradient."""
+    def _step_parameters(
+        self,
+        group: dict[str, Any],
+        parameters: list[Any],
+        first: dict[Any, dict[str, Any]] | None,
+        is_rehearsal: bool = False,
+    ) -> None:
+        """One step of some parameters of a group, each of which has a gradient; `first` where one has no state yet."""
         for p in parameters:
             if p.grad.is_sparse:
                 raise RuntimeError("FiraAdamW does not take sparse gradients: use sparse=False in the embedding.")
-            if hasattr(p, "device_mesh") or ("rank" in group and p.ndim not in (2, 3)):
+            if "rank" in group and p.ndim not in (2, 3):
                 raise RuntimeError(
-                    "FiraAdamW cannot train sharded or flattened weights (FSDP, DeepSpeed, tensor parallel): use "
-                    "one device or DDP."
+                    "FiraAdamW cannot project flattened weights (FSDP1, DeepSpeed): use DDP or fully_shard."
                 )
         if not parameters:
+            return
+        if first is not None:
+            self._create_states(group, first, everywhere=is_rehearsal)
+        if is_rehearsal:
             return
         # Under autocast the products would be taken in half precision.
         with torch.autocast(parameters[0].device.type, enabled=False):
             if "rank" in group:
-                matrices = [matrix for p in parameters for matrix in _matrices(p, self.state.get(p))]
-                for batch in _batches(matrices, group["rank"]):
-                    self._step_projected(batch, group, places)
+                matrices = [matrix for p in parameters for matrix in matrices_of(p, self.state)]
+                refresh(matrices, group, first or {}, self.process_group)
+                if first is not None:
+                    self.state.update((m.parameter, m.state) for m in matrices if m.begun)
+                for batch in batches((m for m in matrices if m.begun), group["rank"]):
+                    self._step_projected(batch, group)
             else:
-                self._step_dense(parameters, group, places)
+                self._step_dense(parameters, group, first or {})
 
-    def _places(self) -> Places:
-        """The plain numbers that each parameter's state begins with, from its place among all parameters.
+    def _is_rehearsal(self) -> bool:
+        """Whether this is the step, with zero gradients at a learning rate of 0, by which torch.distributed.checkpoint
+        has an optimizer create its state before it loads one."""
+        if self.state or any(group["lr"] for group in self.param_groups):
+            return False
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return not any(local(grad).any() for grad in grads)
 
-        seed: for what is drawn at random. phase: the update, counted from 0, before which the basis is first
-        refreshed, and then every `update_proj_gap`; staggered, so that each update has its share of the work.
+    def _create_states(self, group: dict[str, Any], first: dict[Any, dict[str, Any]], everywhere: bool) -> None:
+        """Creates the states of a group's weights, whatever their gradients: of those that are sharded, or everywhere.
+
+        A distributed checkpoint is loaded into states that are there, so they must be the same in every run.
         """
-        places: Places = {}
-        staggered = [group for group in self.param_groups if group.get("refresh") == "staggered"]
-        total = sum(p.numel() * group["rank"] for group in staggered for p in group["params"])
-        before = 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                places[p] = {"seed": len(places)}
-                if "rank" not in group:
-                    continue
-                phases = []
-                for _ in range(len(p) if p.ndim == 3 else 1):
-                    phases.append(0)
-                    if group["refresh"] == "staggered":
-                        phases[-1] = 1 + group["update_proj_gap"] * before // total
-                        before += p.shape[-2] * p.shape[-1] * group["rank"]
-                places[p]["phase"] = phases if p.ndim == 3 else phases[0]
-        return places
+        for p in group["params"]:
+            if self.state.get(p) or not (everywhere or isinstance(p, DTensor)):
+                continue
+            if "rank" in group:
+                self.state[p] = {}
+                matrices_of(p, self.state)[0].create(group, first[p])
+            else:
+                self._create_dense(p, group, first[p])
 
-    def _step_projected(self, matrices: list[_Matrix], group: dict[str, Any], places: Places) -> None:
+    def _step_projected(self, matrices: list[Matrix], group: dict[str, Any]) -> None:
         """One step of matrices of one shape and dtype; what is low-rank is stacked along a first dimension."""
-        refreshable = [matrix for matrix in matrices if not matrix.begun or matrix["refresh_in"] == 0]
-        if refreshable:
-            norms = torch.stack([F.row_norms(F.tall(matrix.grad)) for matrix in refreshable])
-            usable = F.are_usable(norms).tolist()
-            self._refresh([matrix for matrix, ok in zip(refreshable, usable, strict=True) if ok], group, places)
-        matrices = [matrix for matrix in matrices if matrix.begun]
-        if not matrices:
-            return
-        grads = [F.tall(matrix.grad) for matrix in matrices]
+        shards = matrices[0].shards
+        total = shards.total if shards else F.total_norms
+        grads = [matrix.tall(matrix.grad) for matrix in matrices]
         bases = [matrix["basis"].float() for matrix in matrices]
+        if shards:
+            bases = [shards.own_columns(Q) for Q in bases]
         R = bases[0].new_empty(len(grads), len(grads[0]), bases[0].shape[1])
         row_norms = []
         for G, Q, out in zip(grads, bases, R, strict=True):
             F.project(G, Q, out)
             row_norms.append(F.row_norms(G))  # now, while the gradient is in the cache
         G_norms = torch.stack(row_norms)
+        if shards:
+            R, G_norms = shards.collect(R, G_norms)
 
-        active: Tensor | None = F.are_usable(G_norms)
+        active: Tensor | None = F.are_usable(G_norms, total)
         assert active is not None
         if matrices[0].parameter.device.type == "cpu":
             # Here a look at the gradients costs nothing. Elsewhere the device decides by itself.
@@ -233,8 +242,8 @@ class FiraAdamW(torch.optim.Optimizer):
         # (s, k) of `functional`: how alpha enters the residual.
         alpha = group["alpha"]
         s, k = (1.0, alpha) if group["residual"] == "reference" else (alpha, 1.0)
-        phi = F.residual_scale(N_norms, R_norms, group["scaling"])
-        norm = F.residual_norm(phi, G_norms, R_norms, k)
+        phi = F.residual_scale(N_norms, R_norms, group["scaling"], total)
+        norm = F.residual_norm(phi, G_norms, R_norms, k, total)
         histories = [matrix["residual_norm"] for matrix in matrices]
         previous = torch.stack(histories).view(-1, 1, 1)
         c, limited_norm = F.limit(norm, previous, group["gamma"])
@@ -244,78 +253,25 @@ class FiraAdamW(torch.optim.Optimizer):
 
         B = phi * (s * c * eta)
         A = N.mul_(alpha * eta).addcmul_(B, R, value=-k)
+        if shards:
+            A, B = shards.spread(A, B, max(matrices[0].shape))
         decay = 1 - group["lr"] * group["weight_decay"]
         for i, (matrix, G) in enumerate(zip(matrices, grads, strict=True)):
             on = None if active is None else active[i]
-            generator = _generator(matrix.parameter, matrix.state, group)
+            generator = rounding_generator(matrix.parameter, matrix.state, group)
             for moments, new in zip(stored, (M, V), strict=True):
                 F.store(moments[i], new[i], generator)
             at_random = generator if group["stochastic_rounding"] else None
-            F.apply_update(F.tall(matrix.weight), G, A[i], bases[i], B[i], decay, on, at_random)
+            F.apply_update(matrix.tall(matrix.weight), G, A[i], bases[i], B[i], decay, on, at_random)
         if self.track_statistics:
-            self._add_statistics(G_norms, R_norms, alpha * N_norms, s * c * norm, c, active)
+            whole = total(torch.stack([G_norms, R_norms, alpha * N_norms]))
+            self._add_statistics(whole[0], whole[1], whole[2], s * c * norm, c, active)
 
-    def _refresh(self, matrices: list[_Matrix], group: dict[str, Any], places: Places) -> None:
-        """Finds the bases that are due, and creates the state with the first one. Reads `step` on the host."""
-        gap = group["update_proj_gap"]
-        due: dict[str, list[tuple[_Matrix, int]]] = defaultdict(list)
-        for matrix in matrices:
-            if not matrix.state:
-                matrix.state.update(places[matrix.parameter])
-            done = int(matrix["step"].item()) if matrix.begun else 0
-            wait = (matrix["phase"] - done) % gap or gap
-            if not matrix.begun:
-                # All need their first basis at once: where refreshes are staggered, it has to be a cheap one.
-                due["sketch" if group["refresh"] == "staggered" else group["projection"]].append((matrix, wait))
-            elif wait == gap:
-                due[group["projection"]].append((matrix, wait))
-            else:
-                matrix["refresh_in"] = wait
-        for method, chosen in due.items():
-            grads = [matrix.grad for matrix, _ in chosen]
-            previous = [matrix["basis"].float() if matrix.begun else None for matrix, _ in chosen]
-            seeds = [_next_seed(matrix.state) for matrix, _ in chosen]
-            bases = find_bases(grads, group["rank"], method, previous, seeds)
-            for (matrix, wait), Q_old, Q in zip(chosen, previous, bases, strict=True):
-                if Q is not None and Q_old is None:
-                    self._begin(matrix, Q, group)
-                elif Q is not None and Q_old is not None:
-                    self._change_basis(matrix, Q_old, Q, group)
-                if matrix.begun:
-                    matrix["refresh_in"] = wait
-
-    def _begin(self, matrix: _Matrix, Q: Tensor, group: dict[str, Any]) -> None:
-        p, state = matrix.parameter, matrix.state
-        if "basis" not in state:
-            dtype = getattr(torch, group["state_dtype"])
-            stack, short, long = p.shape[:-2], *sorted(p.shape[-2:])
-            state["refresh_in"] = [None] * len(p) if stack else None
-            state |= {name: Q.new_zeros(*stack, long, Q.shape[1], dtype=dtype) for name in MOMENTS}
-            state["step"] = Q.new_zeros(stack)
-            state["residual_norm"] = Q.new_full(stack, torch.inf)
-            state["basis"] = Q.new_zeros(*stack, Q.shape[1], short, dtype=dtype).mT
-            self.state[p] = state
-        matrix["refresh_in"] = 0
-        matrix["basis"].copy_(Q)
-
-    def _change_basis(self, matrix: _Matrix, Q_old: Tensor, Q: Tensor, group: dict[str, Any]) -> None:
-        C = Q_old.t() @ Q
-        if group["moments"] == "aligned":
-            Q = Q @ nearest_rotation(C.t())
-        elif group["moments"] == "rotated":
-            b1, b2 = (F.bias_correction(beta, matrix["step"]) for beta in group["betas"])
-            M, V = (matrix[name].float() for name in MOMENTS)
-            F.rotate_moments(M, V, C, b2 / b1.square())
-            generator = _generator(matrix.parameter, matrix.state, group)
-            for name, new in zip(MOMENTS, (M, V), strict=True):
-                F.store(matrix[name], new, generator)
-        matrix["basis"].copy_(Q)
-
-    def _step_dense(self, parameters: list[Any], group: dict[str, Any], places: Places) -> None:
+    def _step_dense(self, parameters: list[Any], group: dict[str, Any], first: dict[Any, dict[str, Any]]) -> None:
         """torch's fused AdamW, which leaves everything as it is on the device where `found_inf` is 1."""
-        norms = torch._foreach_norm([p.grad for p in parameters], 2.0, torch.float32)
+        norms = torch._foreach_norm([local(p.grad) for p in parameters], 2.0, torch.float32)
         device = parameters[0].device
-        finite = torch.isfinite(torch.stack([norm.to(device) for norm in norms])).all()
+        finite = agree(torch.isfinite(torch.stack([norm.to(device) for norm in norms])).all(), parameters)
         settings: dict[str, Any] = {
             "fused": True,
             "found_inf": (~finite).float(),
@@ -330,28 +286,25 @@ class FiraAdamW(torch.optim.Optimizer):
         states = []
         for p in parameters:
             if not self.state.get(p):
-                dtype = getattr(torch, group["state_dtype"])
-                moments = {name: torch.zeros_like(p, dtype=dtype) for name in MOMENTS}
-                self.state[p] = {"step": torch.zeros((), device=p.device), **moments, **places[p]}
+                self._create_dense(p, group, first[p])
             states.append(self.state[p])
 
         # The kernel wants one dtype and one memory layout. A weight that differs from its gradient or moments in
         # either is updated in blocks of its rows, in fp32, and rounded once.
         plain: list[tuple[Tensor, ...]] = []
-        others: list[tuple[Any, dict[str, Any]]] = []
+        others: list[tuple[Any, dict[str, Any], tuple[Tensor, ...]]] = []
         for p, state in zip(parameters, states, strict=True):
-            tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
-            if all(x.dtype == torch.float32 and x.stride() == p.stride() for x in tensors):
+            tensors = tuple(map(local, (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])))
+            if all(x.dtype == torch.float32 and x.stride() == tensors[0].stride() for x in tensors):
                 plain.append((*tensors, state["step"]))
             else:
-                others.append((p, state))
+                others.append((p, state, tensors))
         if plain:
             weights, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*plain, strict=True))
             adamw(weights, grads, exp_avgs, exp_avg_sqs, [], steps, **settings)
-        for p, state in others:
-            generator = _generator(p, state, group)
+        for p, state, parts in others:
+            generator = rounding_generator(p, state, group)
             at_random = generator if group["stochastic_rounding"] else None
-            parts = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
             for w, g, m, v in zip(*(F.row_blocks(torch.atleast_1d(x)) for x in parts), strict=True):
                 new_w, new_g, new_m, new_v = (
                     x.to(torch.float32, memory_format=torch.contiguous_format, copy=True) for x in (w, g, m, v)
@@ -363,13 +316,18 @@ class FiraAdamW(torch.optim.Optimizer):
                 F.store(v, new_v, generator)
             state["step"].copy_(count)
 
+    def _create_dense(self, p: Any, group: dict[str, Any], first: dict[str, Any]) -> None:
+        zeros = torch.zeros_like(local(p.detach()), dtype=getattr(torch, group["state_dtype"]))
+        moments = {name: sharded_like(p, zeros.clone(), p.shape) for name in MOMENTS}
+        self.state[p] = {"step": torch.zeros((), device=p.device), **moments, **first}
+
     def _add_statistics(
-        self, G_norms: Tensor, R_norms: Tensor, low_norms: Tensor, residual: Tensor, c: Tensor, active: Tensor | None
+        self, G_norm: Tensor, R_norm: Tensor, low_norm: Tensor, residual: Tensor, c: Tensor, active: Tensor | None
     ) -> None:
-        energy = F.total_norms(R_norms).square() / F.total_norms(G_norms).square()
+        energy = R_norm.square() / G_norm.square()
         # An infinite residual norm stands for a negligible one.
         residual_sq = torch.where(torch.isfinite(residual), residual, 0.0).square()
-        share = residual_sq / (residual_sq + F.total_norms(low_norms).square())
+        share = residual_sq / (residual_sq + low_norm.square())
         columns = torch.cat([torch.ones_like(c), (c < 1).float(), energy, share], dim=1).flatten(1)
         row = (columns if active is None else torch.where(active[:, None], columns, 0.0)).sum(0)
         total = self._sums.get(row.device)
@@ -404,58 +362,3 @@ class FiraAdamW(torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     copy = F.column_major if name == "basis" else torch.clone
                     self.state[p][name] = copy(value.to(p.device))
-
-
-class _Matrix:
-    """One projected matrix: a parameter, or one of those that a 3-D parameter stacks, with its part of the state."""
-
-    __slots__ = ("grad", "index", "parameter", "state", "weight")
-
-    def __init__(self, parameter: Any, state: dict[str, Any], index: int | None) -> None:
-        self.parameter, self.state, self.index = parameter, state, index
-        self.weight, self.grad = (x if index is None else x[index] for x in (parameter, parameter.grad))
-
-    @property
-    def begun(self) -> bool:
-        """Whether it has a basis."""
-        return "refresh_in" in self.state and self["refresh_in"] is not None
-
-    def __getitem__(self, name: str) -> Any:
-        return self.state[name] if self.index is None else self.state[name][self.index]
-
-    def __setitem__(self, name: str, value: int) -> None:
-        if self.index is None:
-            self.state[name] = value
-        else:
-            self.state[name][self.index] = value
-
-
-def _matrices(p: Any, state: dict[str, Any] | None) -> list[_Matrix]:
-    """The matrices of a parameter. They share its state, which is the optimizer's once the first has begun."""
-    state = {} if state is None else state
-    return [_Matrix(p, state, index) for index in ([None] if p.ndim == 2 else range(len(p)))]
-
-
-def _batches(matrices: list[_Matrix], rank: int) -> Iterator[list[_Matrix]]:
-    """Matrices of one shape (as tall ones), dtype and device, at most `BATCH` low-rank elements together."""
-    alike: dict[Any, list[_Matrix]] = defaultdict(list)
-    for matrix in matrices:
-        shape, p = matrix.weight.shape, matrix.parameter
-        alike[max(shape), min(shape), p.dtype, p.grad.dtype, p.device].append(matrix)
-    for (long, short, *_, device), members in alike.items():
-        size = max(1, BATCH.get(device.type, BATCH_ELSEWHERE) // (long * min(rank, short)))
-        for i in range(0, len(members), size):
-            yield members[i : i + size]
-
-
-def _next_seed(state: dict[str, Any]) -> int:
-    """A seed for one draw; advances the state's (Knuth's MMIX generator), so that a resumed run draws the same."""
-    state["seed"] = (state["seed"] * 6364136223846793005 + 1442695040888963407) % 2**63
-    return int(state["seed"])
-
-
-def _generator(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> torch.Generator | None:
-    """The generator of this step's roundings, if something of the parameter is rounded at random."""
-    if group["state_dtype"] != "float32" or (group["stochastic_rounding"] and p.dtype == torch.bfloat16):
-        return torch.Generator(p.device).manual_seed(_next_seed(state))
-    return None

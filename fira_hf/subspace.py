@@ -51,16 +51,17 @@ def power(grads: Sequence[Tensor], rank: int, previous: Sequence[Tensor | None],
     """
     matrices = [tall(grad) for grad in grads]
     if matrices[0].shape[1] <= EXACT:
-        return [_in_fp32_or_fp64(lambda G: _leading_eigenvectors(G, rank), G) for G in matrices]
+        scaled = [G.float() / G.abs().amax() for G in matrices]
+        return [leading_eigenvectors(G.t() @ G, rank) for G in scaled]
     starts: Bases = list(previous)
     for i, (G, seed) in enumerate(zip(matrices, seeds, strict=True)):
         if starts[i] is None:
             (start,) = sketch([G], rank, [None], [seed])
-            (starts[i],) = [None] if start is None else _orthonormalize(_iterate(G, start)[None])
+            (starts[i],) = [None] if start is None else orthonormalize(_iterate(G, start)[None])
     products = {i: _iterate(matrices[i], Q) for i, Q in enumerate(starts) if Q is not None}
     if not products:
         return starts
-    found = dict(zip(products, _orthonormalize(torch.stack(list(products.values()))), strict=True))
+    found = dict(zip(products, orthonormalize(torch.stack(list(products.values()))), strict=True))
     return [found.get(i) for i in range(len(grads))]
 
 
@@ -69,7 +70,7 @@ def random(grads: Sequence[Tensor], rank: int, previous: Sequence[Tensor | None]
     short, device = min(grads[0].shape), grads[0].device
     shape = (short, min(rank, short))
     draws = [torch.randn(shape, device=device, generator=_generator(device, seed)) for seed in seeds]
-    return _orthonormalize(torch.stack(draws))
+    return orthonormalize(torch.stack(draws))
 
 
 def sketch(grads: Sequence[Tensor], rank: int, previous: Sequence[Tensor | None], seeds: Sequence[int]) -> Bases:
@@ -81,11 +82,15 @@ def sketch(grads: Sequence[Tensor], rank: int, previous: Sequence[Tensor | None]
     short, device = matrices[0].shape[1], grads[0].device
     Y = torch.zeros(len(matrices), min(rank, short), short, device=device)
     for y, G, seed in zip(Y, matrices, seeds, strict=True):
-        coins = torch.randint(0, 2, (len(G), 1), device=device, generator=_generator(device, seed))
-        signs = coins.float().mul_(2).sub_(1)
-        for rows, sign in zip(G.split(len(y)), signs.split(len(y)), strict=True):
+        for rows, sign in zip(G.split(len(y)), signs(len(G), seed, device).split(len(y)), strict=True):
             y[: len(rows)].addcmul_(rows, sign)
-    return _orthonormalize(Y.mT)
+    return orthonormalize(Y.mT)
+
+
+def signs(rows: int, seed: int, device: torch.device) -> Tensor:
+    """(rows, 1) of 1 and -1, at random."""
+    coins = torch.randint(0, 2, (rows, 1), device=device, generator=_generator(device, seed))
+    return coins.float().mul_(2).sub_(1)
 
 
 METHODS: dict[str, Callable[..., Bases]] = {"svd": svd, "power": power, "random": random, "sketch": sketch}
@@ -107,13 +112,12 @@ def _iterate(G: Tensor, Q: Tensor) -> Tensor:
     return Y
 
 
-def _leading_eigenvectors(G: Tensor, rank: int) -> Tensor:
-    """The leading right singular vectors, from the Gram matrix of G."""
-    G = G / G.abs().amax()
-    return torch.linalg.eigh(G.t() @ G).eigenvectors.flip(1)[:, :rank]
+def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor | None:
+    """The leading right singular vectors of G, (short, r) fp32, from G^T G."""
+    return _in_fp32_or_fp64(lambda gram: torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank], gram)
 
 
-def _orthonormalize(Y: Tensor) -> Bases:
+def orthonormalize(Y: Tensor) -> Bases:
     """Orthonormal bases of the columns of Y, (B, short, r): CholeskyQR twice, or QR where that is not accurate."""
     tiny = torch.finfo(torch.float32).tiny
     Y = Y / Y.abs().amax(dim=(-2, -1), keepdim=True).clamp_(min=tiny)

@@ -82,7 +82,8 @@ def register() -> None:
             name = OptimizerNames(args.optim).value
             raise ValueError(f"optim={name!r} needs the model to choose the weights that it projects: pass model=...")
         _refuse_engines(args)
-        return TrainerFira, {"module": model, "config": config_from_args(args, model)}
+        replicas = dist.group.WORLD if args.parallel_mode is ParallelMode.DISTRIBUTED else None
+        return TrainerFira, {"module": model, "config": config_from_args(args, model), "process_group": replicas}
 
     @functools.wraps(original_train)
     def train(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
@@ -117,8 +118,16 @@ class TrainerFira(FiraAdamW):
     all users, so this class makes none of its own.
     """
 
-    def __new__(cls, params: list[dict[str, Any]], module: nn.Module, config: FiraConfig) -> FiraAdamW:  # type: ignore[misc]
-        return build_optimizer(module, config, params)
+    def __new__(  # type: ignore[misc]
+        cls,
+        params: list[dict[str, Any]],
+        module: nn.Module,
+        config: FiraConfig,
+        process_group: dist.ProcessGroup | None,
+    ) -> FiraAdamW:
+        optimizer = build_optimizer(module, config, params)
+        optimizer.process_group = process_group
+        return optimizer
 
 
 class Layerwise(TrainerCallback):

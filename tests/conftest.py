@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +54,23 @@ def trainer_settings(**arguments) -> dict:
         "save_strategy": "no",
     }
     return defaults | arguments
+
+
+def launch(script: str, folder: Path, processes: int, *arguments: str) -> None:
+    """Runs a script by torchrun, one thread a process on the CPU; fails with what it wrote if it fails."""
+    tests = Path(__file__).parent
+    path = folder / "script.py"
+    path.write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    search = os.pathsep.join([str(tests.parent), str(tests)])
+    result = subprocess.run(
+        [*command, str(path), *arguments],
+        env=os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 @pytest.fixture

@@ -1,16 +1,13 @@
-"""Data-parallel training through the Trainer: two processes, gloo."""
+"""Data-parallel training: several processes, gloo."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import pytest
 import torch
 
-TESTS = Path(__file__).parent
-SCRIPT = """
+from conftest import launch
+
+TRAINER = """
 import sys
 import torch
 import torch.distributed as dist
@@ -30,6 +27,8 @@ def train(resume=None):
     callbacks = [fira_hf.FiraCallback()]
     args = TrainingArguments(**settings)
     trainer = Trainer(model=build_llama(), args=args, train_dataset=build_tokens(), callbacks=callbacks)
+    trainer.create_optimizer()
+    assert trainer.optimizer.process_group is dist.group.WORLD
     trainer.train(resume_from_checkpoint=resume)
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
 
@@ -45,20 +44,92 @@ if dist.get_rank() == 0:
 
 def test_two_processes_hold_the_same_weights_and_resume(tmp_path):
     """Ten steps over three refreshes with accumulation; the second run goes on from step 4."""
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = subprocess.run(
-        [*launch, str(script), str(tmp_path / "out")],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    launch(TRAINER, tmp_path, 2, str(tmp_path / "out"))
     found = torch.load(tmp_path / "out" / "found.pt")
     first, second = found["weights"]
     assert not torch.equal(first, found["start"])
     assert torch.equal(first, second)
     assert torch.equal(first, found["resumed"])
+
+
+LOOP = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
+
+from fira_hf import FiraConfig, get_fira_optimizer, refresh
+
+STEPS, ROWS = 200, 12
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+
+def build():
+    torch.manual_seed(0)
+    widths = [(96, 160), (160, 96), (96, 96), (96, 80), (80, 8)]
+    layers = [layer for a, b in widths for layer in (torch.nn.Linear(a, b), torch.nn.Tanh())]
+    return torch.nn.Sequential(*layers[:-1])
+
+def train(model, steps, rows, spoiled=None):
+    settings = {"projection": "power", "moments": "rotated", "weight_decay": 0.1, "lr": 1e-3}
+    settings |= {"rank": 8, "update_proj_gap": 15, "refresh": sys.argv[2]}
+    optimizer = get_fira_optimizer(model, FiraConfig(**settings))
+    generator = torch.Generator().manual_seed(1)
+    start = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    for step in range(steps):
+        batch = torch.randn(ROWS, 104, generator=generator)
+        inputs, targets = batch[rows].split((96, 8), dim=1)
+        if step == spoiled and rank == world - 1:
+            inputs = inputs * torch.nan
+        before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        torch.nn.functional.mse_loss(model(inputs), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == spoiled:
+            assert torch.equal(before, torch.nn.utils.parameters_to_vector(model.parameters()))
+    return torch.nn.utils.parameters_to_vector(model.parameters()).detach(), start, optimizer
+
+found, original = [], refresh.find_bases
+def counting(grads, *others):
+    found.append(len(grads))
+    return original(grads, *others)
+refresh.find_bases = counting
+
+own = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
+weights, _, optimizer = train(DistributedDataParallel(build()), STEPS, own, spoiled=77)
+assert optimizer.process_group is not None
+shared = sum(found)
+everything = [weights, *(v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v))]
+for tensor in everything:
+    others = [torch.empty_like(tensor.contiguous()) for _ in range(world)]
+    dist.all_gather(others, tensor.contiguous())
+    assert all(torch.equal(other, others[0]) for other in others)
+counts = [None] * world
+dist.all_gather_object(counts, shared)
+
+weights, _, _ = train(DistributedDataParallel(build()), 50, own)
+if rank == 0:
+    found.clear()
+    single, start, _ = train(build(), 50, slice(None))
+    error = (weights - single).norm() / single.norm()
+    assert (single - start).norm() > 0.01 * start.norm()
+    torch.save({"error": error, "counts": counts}, sys.argv[1])
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(("processes", "refresh"), [(2, "together"), (3, "staggered")])
+def test_replicas_share_the_refreshes_and_stay_equal(tmp_path, processes, refresh):
+    """200 steps, one of them with a gradient that is not finite on one replica: bit-equal weights and states, and the
+    result of one process on all of the batch. Each basis is found once."""
+    launch(LOOP, tmp_path, processes, str(tmp_path / "found.pt"), refresh)
+    found = torch.load(tmp_path / "found.pt", weights_only=False)
+    assert found["error"] <= 1e-5
+    total = sum(found["counts"])
+    if refresh == "together":
+        assert total == 5 * 14
+        assert max(found["counts"]) == 3 * 14
+    else:
+        assert total <= 5 * 15

@@ -1,0 +1,201 @@
+"""Where several processes train one model: who does what, and what goes over the network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from .functional import project
+from .subspace import EXACT, leading_eigenvectors, orthonormalize, random, signs
+
+
+def owners(costs: list[int], group: ProcessGroup | None) -> list[int]:
+    """For each task the rank that does it, so that all ranks have about as much to do; without a group all are 0's."""
+    load = [0] * (1 if group is None else dist.get_world_size(group))
+    owner = [0] * len(costs)
+    for task in sorted(range(len(costs)), key=lambda task: (-costs[task], task)):
+        owner[task] = load.index(min(load))
+        load[owner[task]] += costs[task]
+    return owner
+
+
+def is_own(owner: int, group: ProcessGroup | None) -> bool:
+    return group is None or dist.get_rank(group) == owner
+
+
+def broadcast(Q: Tensor | None, like: Tensor, owner: int, group: ProcessGroup) -> Tensor | None:
+    """The basis, (short, r) as `like`, that rank `owner` of the group found; None where it found none."""
+    flat = torch.empty_like(like.t(), memory_format=torch.contiguous_format)
+    if is_own(owner, group):
+        flat.copy_(torch.full_like(like, torch.nan).t() if Q is None else Q.t())
+    dist.broadcast(flat, group=group, group_src=owner)
+    return None if flat[0, 0].isnan() else flat.t()
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The rows of a weight, split over the processes of a group as `fully_shard` does it: in equal chunks, but for the
+    last ones, which may be smaller or empty. `is_tall`: whether the rows are its long side.
+
+    Low-rank tensors are split along the long side. For a tall weight each process has the gradient's part of the same
+    rows, and only norms are exchanged. For a wide one each has a part of every sum over the short side: partial sums
+    are added up and each process gets its rows (`collect`), and what it makes of them goes to all (`spread`).
+    """
+
+    group: ProcessGroup
+    is_tall: bool
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank(self.group)
+
+    @property
+    def count(self) -> int:
+        return dist.get_world_size(self.group)
+
+    def own(self, rows: int) -> slice:
+        """This process's part of so many rows."""
+        chunk = -(-rows // self.count)
+        return slice(min(rows, self.rank * chunk), min(rows, (self.rank + 1) * chunk))
+
+    def total(self, norms: Tensor) -> Tensor:
+        """`functional.total_norms` over the rows of all processes."""
+        squares = norms.square().sum(-2, keepdim=True)
+        dist.all_reduce(squares, group=self.group)
+        return squares.sqrt_()
+
+    def collect(self, R: Tensor, G_norms: Tensor) -> tuple[Tensor, Tensor]:
+        """Partial low-rank gradients (B, long, r) and row norms (B, long, 1) -> their sums, this process's rows."""
+        if self.is_tall:
+            return R, G_norms
+        long = R.shape[1]
+        parts = _rows_first(torch.cat([R, G_norms.square()], dim=2), -(-long // self.count) * self.count)
+        rows = parts.new_empty(len(parts) // self.count, *parts.shape[1:])
+        dist.reduce_scatter_tensor(rows, parts, group=self.group)
+        own = self.own(long)
+        rows = rows[: own.stop - own.start].transpose(0, 1)
+        return rows[..., :-1].contiguous(), rows[..., -1:].sqrt()
+
+    def spread(self, A: Tensor, B: Tensor, long: int) -> tuple[Tensor, Tensor]:
+        """A (B, rows, r) and B (B, rows, 1) of this process's rows -> of those that its part of the weight needs."""
+        if self.is_tall:
+            return A, B
+        part = _rows_first(torch.cat([A, B], dim=2), -(-long // self.count))
+        rows = part.new_empty(len(part) * self.count, *part.shape[1:])
+        dist.all_gather_into_tensor(rows, part, group=self.group)
+        rows = rows[:long].transpose(0, 1)
+        return rows[..., :-1], rows[..., -1:]
+
+    def own_columns(self, Q: Tensor) -> Tensor:
+        """The part of a basis (short, r) that this process's part of the gradient is multiplied with."""
+        return Q if self.is_tall else Q[self.own(len(Q))]
+
+    def _whole(self, Y: Tensor, short: int) -> Tensor:
+        """(short, r) from this process's part: a term of the sum, or some of the rows."""
+        if self.is_tall:
+            dist.all_reduce(Y, group=self.group)
+            return Y
+        part = _rows_first(Y[None], -(-short // self.count))
+        rows = part.new_empty(len(part) * self.count, *part.shape[1:])
+        dist.all_gather_into_tensor(rows, part, group=self.group)
+        return rows[:short, 0]
+
+    def find_basis(
+        self, G: Tensor, shape: torch.Size, rank: int, method: str, previous: Tensor | None, seed: int
+    ) -> Tensor | None:
+        """What `subspace.find_bases` does for one gradient of a whole shape of which this process has the part G, with
+        its long side first; "svd" is not to be had without the whole gradient."""
+        long, short = max(shape), min(shape)
+        r = min(rank, short)
+        if method == "random":
+            return random([G.new_empty(1, dtype=torch.float32).expand(long, short)], rank, [None], [seed])[0]
+        if short <= EXACT and method == "power":
+            scaled = G.float() / self._largest(G)
+            if self.is_tall:
+                return leading_eigenvectors(self._whole(scaled.t() @ scaled, short), rank)
+            whole = self._whole(scaled.t(), short)
+            return leading_eigenvectors(whole @ whole.t(), rank)
+        if previous is None:
+            sums = torch.zeros(r, G.shape[1], device=G.device)
+            sign = signs(long, seed, G.device)[self.own(long)] if self.is_tall else signs(long, seed, G.device)
+            first = self.own(long).start if self.is_tall else 0
+            sums.index_add_(0, torch.arange(first, first + len(G), device=G.device) % r, G.float() * sign)
+            (previous,) = orthonormalize(self._whole(sums.t().contiguous(), short)[None])
+            if method == "sketch" or previous is None:
+                return previous
+            (previous,) = orthonormalize(self._iterate(G, previous, short)[None])
+        return None if previous is None else orthonormalize(self._iterate(G, previous, short)[None])[0]
+
+    def _iterate(self, G: Tensor, Q: Tensor, short: int) -> Tensor:
+        """G^T G Q up to a factor, (short, r)."""
+        P = project(G, self.own_columns(Q), torch.empty(len(G), Q.shape[1], device=G.device))
+        if not self.is_tall:
+            dist.all_reduce(P, group=self.group)
+        return self._whole(G.float().t() @ P.div_(self._largest(P)), short)
+
+    def _largest(self, tensor: Tensor) -> Tensor:
+        """The largest absolute value on any process, but not 0."""
+        largest = (tensor.abs().amax() if tensor.numel() else tensor.new_zeros(())).float()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return largest.clamp_(min=torch.finfo(torch.float32).tiny)
+
+
+def _rows_first(tensor: Tensor, rows: int) -> Tensor:
+    """(B, n, k) -> (rows, B, k), contiguous, filled up with zeros."""
+    out = tensor.new_zeros(rows, len(tensor), tensor.shape[2])
+    out[: tensor.shape[1]] = tensor.transpose(0, 1)
+    return out
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shards_of(p: Tensor) -> Shards | None:
+    """How a projected weight is sharded; None: it is not.
+
+    Raises:
+        RuntimeError: it is sharded otherwise than along its rows, over one dimension of the mesh.
+    """
+    if not isinstance(p, DTensor):
+        return None
+    split = [dim for dim, placement in enumerate(p.placements) if not isinstance(placement, Replicate)]
+    if p.ndim != 2 or len(split) > 1 or any(p.placements[dim] != Shard(0) for dim in split):
+        raise RuntimeError(
+            f"FiraAdamW cannot train a weight of shape {tuple(p.shape)} that is sharded as {p.placements}: use "
+            "fully_shard, which splits the rows of matrices, on one dimension of the mesh."
+        )
+    return Shards(p.device_mesh.get_group(split[0]), p.shape[0] >= p.shape[1]) if split else None
+
+
+def sharded_like(p: Any, part: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The whole, split like p, of which this process has a part, as a DTensor; just the part if p is none."""
+    if not isinstance(p, DTensor):
+        return part
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        part, p.device_mesh, p.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def agree(ok: Tensor, parameters: list[Any]) -> Tensor:
+    """Whether it is so, a 0-dim bool, on all processes that hold parts of the parameters."""
+    groups = {
+        p.device_mesh.get_group(dim): None
+        for p in parameters
+        if isinstance(p, DTensor)
+        for dim, placement in enumerate(p.placements)
+        if not isinstance(placement, Replicate)
+    }
+    for group in groups:
+        votes = ok.to(torch.int32)
+        dist.all_reduce(votes, dist.ReduceOp.MIN, group=group)
+        ok = votes.bool()
+    return ok

@@ -1,0 +1,113 @@
+"""When a matrix gets a new basis, which process finds it, and what becomes of its moments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from . import functional as F
+from .distributed import broadcast, is_own, owners
+from .state import MOMENTS, Matrix, batches, next_seed, rounding_generator
+from .subspace import find_bases, nearest_rotation
+
+
+def refresh(
+    matrices: list[Matrix],
+    group: dict[str, Any],
+    first_states: dict[Any, dict[str, Any]],
+    process_group: ProcessGroup | None,
+) -> None:
+    """Finds the bases of a parameter group that are due, and creates the states of matrices with the first ones.
+
+    Where none may be due this costs nothing; otherwise the host reads which gradients are usable, and `step`.
+    `first_states`: of the parameters that have none. `process_group`: replicas that share the work.
+    """
+    due = _due([matrix for matrix in matrices if not matrix.begun or matrix["refresh_in"] == 0], group, first_states)
+    if not due:
+        return
+    rank = group["rank"]
+    seeds = {matrix: next_seed(matrix.state) for matrix in due}
+    sharded = {matrix: matrix.shards for matrix in due if matrix.shards is not None}
+    for matrix, shards in sharded.items():
+        method, wait = due.pop(matrix)
+        if method == "svd":
+            raise RuntimeError('projection="svd" needs whole gradients, and FSDP shards them: set projection="power".')
+        previous = matrix["basis"].float() if matrix.begun else None
+        G = matrix.tall(matrix.grad)
+        _take(matrix, shards.find_basis(G, matrix.shape, rank, method, previous, seeds[matrix]), wait, group)
+    owner = dict(zip(due, owners([matrix.weight.numel() for matrix in due], process_group), strict=True))
+    own: dict[Matrix, Tensor | None] = {}
+    for method in sorted({method for method, _ in due.values()}):
+        chosen = (matrix for matrix in due if due[matrix][0] == method and is_own(owner[matrix], process_group))
+        for batch in batches(chosen, rank):
+            previous = [matrix["basis"].float() if matrix.begun else None for matrix in batch]
+            grads, batch_seeds = [matrix.grad for matrix in batch], [seeds[matrix] for matrix in batch]
+            bases = dict(zip(batch, find_bases(grads, rank, method, previous, batch_seeds), strict=True))
+            if process_group is not None:
+                own |= bases
+                continue
+            for matrix, Q in bases.items():
+                _take(matrix, Q, due[matrix][1], group)
+    if process_group is not None:
+        # All have found their share: now each basis goes from its owner to the others.
+        for matrix, (_, wait) in due.items():
+            short = min(matrix.weight.shape)
+            like = matrix.grad.new_empty(short, min(rank, short), dtype=torch.float32)
+            _take(matrix, broadcast(own.get(matrix), like, owner[matrix], process_group), wait, group)
+
+
+def _due(
+    matrices: list[Matrix], group: dict[str, Any], first_states: dict[Any, dict[str, Any]]
+) -> dict[Matrix, tuple[str, int]]:
+    """The matrices that get a basis now -> by which method, and in how many updates the next one is due."""
+    if not matrices:
+        return {}
+    parts = torch._foreach_norm([matrix.grad for matrix in matrices], 2.0, torch.float32)
+    norms = torch.stack([part.to(parts[0].device) for part in parts]).view(-1, 1, 1)
+    for shards in {matrix.shards: None for matrix in matrices if matrix.shards is not None}:
+        chosen = [i for i, matrix in enumerate(matrices) if matrix.shards == shards]
+        norms[chosen] = shards.total(norms[chosen])
+    usable = F.are_usable(norms).tolist()
+    gap, due = group["update_proj_gap"], {}
+    for matrix, ok in zip(matrices, usable, strict=True):
+        if not ok:
+            continue
+        if not matrix.state:
+            matrix.state.update(first_states[matrix.parameter])
+        done = int(matrix["step"].item()) if matrix.begun else 0
+        wait = (matrix["phase"] - done) % gap or gap
+        if not matrix.begun:
+            # All need their first basis at once: where refreshes are staggered, it has to be a cheap one.
+            due[matrix] = ("sketch" if group["refresh"] == "staggered" else group["projection"], wait)
+        elif wait == gap:
+            due[matrix] = (group["projection"], wait)
+        else:
+            matrix["refresh_in"] = wait
+    return due
+
+
+def _take(matrix: Matrix, Q: Tensor | None, wait: int, group: dict[str, Any]) -> None:
+    """Gives the matrix its new basis; None is a basis that could not be found: the old one stays, if there is one."""
+    if Q is not None and matrix.begun:
+        _change_basis(matrix, Q, group)
+    elif Q is not None:
+        matrix.begin(Q, group)
+    if matrix.begun:
+        matrix["refresh_in"] = wait
+
+
+def _change_basis(matrix: Matrix, Q: Tensor, group: dict[str, Any]) -> None:
+    C = matrix["basis"].float().t() @ Q
+    if group["moments"] == "aligned":
+        Q = Q @ nearest_rotation(C.t())
+    elif group["moments"] == "rotated":
+        b1, b2 = (F.bias_correction(beta, matrix["step"]) for beta in group["betas"])
+        M, V = (matrix[name].float() for name in MOMENTS)
+        F.rotate_moments(M, V, C, b2 / b1.square())
+        generator = rounding_generator(matrix.parameter, matrix.state, group)
+        for name, new in zip(MOMENTS, (M, V), strict=True):
+            F.store(matrix[name], new, generator)
+    matrix["basis"].copy_(Q)

@@ -1,0 +1,168 @@
+"""FSDP2 (`fully_shard`): several processes, gloo."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import launch
+
+COMMON = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parameters_to_vector
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fira_hf import FiraConfig, get_fira_optimizer
+
+ROWS = 96
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+
+class Model(torch.nn.Module):
+    \"\"\"Tall, wide and square matrices, and one with fewer rows than processes.\"\"\"
+
+    def __init__(self):
+        super().__init__()
+        widths = [(96, 161), (161, 100), (100, 100), (100, 80)]
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(a, b) for a, b in widths)
+        self.norm = torch.nn.LayerNorm(80)
+        self.head = torch.nn.Linear(80, 2)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        x = self.norm(x)
+        return torch.cat([x, self.head(x)], dim=1)
+
+def build(sharded):
+    torch.manual_seed(0)
+    model = Model()
+    if sharded:
+        mesh = init_device_mesh("cpu", (world,))
+        for layer in [*model.layers, model.head]:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    return model
+
+def prepare(model, **settings):
+    defaults = {"projection": "power", "moments": "rotated", "weight_decay": 0.1, "lr": 1e-3}
+    defaults |= {"rank": 8, "update_proj_gap": 15}
+    return get_fira_optimizer(model, FiraConfig(**(defaults | settings)))
+
+def train(model, optimizer, first, last, sharded, watch=None):
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        batch = torch.randn(ROWS, 178, generator=generator)
+        if sharded:
+            batch = batch[rank * ROWS // world : (rank + 1) * ROWS // world]
+        inputs, targets = batch.split((96, 82), dim=1)
+        torch.nn.functional.mse_loss(model(inputs), targets).backward()
+        with watch or torch.enable_grad():
+            optimizer.step()
+        optimizer.zero_grad()
+
+def full(model):
+    parts = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    return parameters_to_vector([p.detach() for p in parts])
+"""
+
+EQUAL = (
+    COMMON
+    + """
+class Sent(TorchDispatchMode):
+    \"\"\"Largest tensor that a collective was given, and how many there were.\"\"\"
+    largest = count = 0
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "c10d" in function.namespace:
+            tensors = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
+            self.largest = max([self.largest, *(x.numel() for x in tensors)])
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+settings = {"refresh": sys.argv[2], "scaling": sys.argv[3]}
+model = build(True)
+start = full(model)
+optimizer = prepare(model, **settings)
+optimizer.track_statistics = True
+sent = Sent()
+train(model, optimizer, 0, 50, True, sent)
+statistics = optimizer.pop_statistics()
+weights = full(model)
+ordinary = Sent()
+train(model, optimizer, 50, 51, True, ordinary)
+if rank == 0:
+    single = build(False)
+    optimizer = prepare(single, **settings)
+    optimizer.track_statistics = True
+    train(single, optimizer, 0, 50, False)
+    other = full(single)
+    found = {
+        "error": (weights - other).norm() / other.norm(), "moved": (other - start).norm() / start.norm(),
+        "largest": sent.largest, "count": ordinary.count,
+        "statistics": (statistics, optimizer.pop_statistics()),
+    }
+    torch.save(found, sys.argv[1])
+dist.destroy_process_group()
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("processes", "refresh", "scaling"),
+    [(2, "together", "column"), (3, "staggered", "column"), (2, "together", "matrix")],
+)
+def test_the_result_of_one_process(tmp_path, processes, refresh, scaling):
+    """50 steps over several refreshes; only what is low-rank goes over the network."""
+    launch(EQUAL, tmp_path, processes, str(tmp_path / "found.pt"), refresh, scaling)
+    found = torch.load(tmp_path / "found.pt", weights_only=False)
+    assert found["moved"] > 0.01
+    assert found["error"] <= 1e-5
+    sharded, single = found["statistics"]
+    assert sharded == pytest.approx(single, rel=1e-3)
+    # a low-rank gradient of the largest wide matrix with its norms, filled up to a multiple of the processes
+    assert found["largest"] <= (161 + processes) * 9
+
+
+RESUME = (
+    COMMON
+    + """
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+folder, task = sys.argv[1:]
+model = build(world > 1)
+optimizer = prepare(model, refresh="staggered")
+sharded = world > 1
+if task == "save":
+    train(model, optimizer, 0, 20, sharded)
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/checkpoint")
+else:
+    weights, state = get_state_dict(model, optimizer)
+    saved = {"model": weights, "optimizer": state}
+    dcp.load(saved, checkpoint_id=f"{folder}/checkpoint")
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+train(model, optimizer, 20, 40, sharded)
+weights = full(model)
+if rank == 0:
+    torch.save(weights, f"{folder}/{task}-{world}.pt")
+dist.destroy_process_group()
+"""
+)
+
+
+def test_a_checkpoint_of_two_processes_goes_on_with_one_two_and_three(tmp_path):
+    """In the middle of an interval, by torch.distributed.checkpoint."""
+    launch(RESUME, tmp_path, 2, str(tmp_path), "save")
+    saved = torch.load(tmp_path / "save-2.pt")
+    for processes in (1, 2, 3):
+        launch(RESUME, tmp_path, processes, str(tmp_path), "resume")
+        resumed = torch.load(tmp_path / f"resume-{processes}.pt")
+        assert (resumed - saved).norm() <= 1e-5 * saved.norm()
+        if processes == 2:
+            assert torch.equal(resumed, saved)
