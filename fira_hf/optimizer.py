@@ -207,11 +207,9 @@ class FiraAdamW(torch.optim.Optimizer):
         if shards:
             bases = [shards.own_columns(Q) for Q in bases]
         R = bases[0].new_empty(len(grads), len(grads[0]), bases[0].shape[1])
-        row_norms = []
         for G, Q, out in zip(grads, bases, R, strict=True):
             F.project(G, Q, out)
-            row_norms.append(F.row_norms(G))  # now, while the gradient is in the cache
-        G_norms = torch.stack(row_norms)
+        G_norms = torch.stack([F.row_norms(G) for G in grads])
         if shards:
             R, G_norms = shards.collect(R, G_norms)
 
