@@ -1,12 +1,12 @@
 """Fira (arXiv 2410.01623) for Hugging Face Trainer and PEFT: full-rank training with low-rank optimizer memory."""
 
 from .callbacks import FiraCallback
-from .config import FiraConfig
+from .config import PUBLISHED, FiraConfig
 from .factory import get_fira_optimizer
 from .optimizer import FiraAdamW
 from .trainer import register
 
 __version__ = "0.1.0"
-__all__ = ["FiraAdamW", "FiraCallback", "FiraConfig", "get_fira_optimizer", "register"]
+__all__ = ["PUBLISHED", "FiraAdamW", "FiraCallback", "FiraConfig", "get_fira_optimizer", "register"]
 
 register()

@@ -15,6 +15,10 @@ from typing import Any
 CONFIG_NAME = "fira_config.json"
 ALL_LINEAR = "all-linear"
 
+# The settings in which the published code differs from the defaults: FiraConfig(**PUBLISHED), with the authors'
+# rank, alpha and learning rate, is their method. (For the 7B model they publish an interval of 500.)
+PUBLISHED: dict[str, Any] = {"projection": "svd", "refresh": "together", "moments": "kept", "update_proj_gap": 200}
+
 Check = Callable[[Any], bool]
 
 
@@ -137,7 +141,7 @@ class FiraConfig:
     Args:
         rank: rank of the projection; a matrix with a shorter side than this is projected at its short side.
         alpha: scale of the low-rank update. What it does to the residual is set by `residual`.
-        update_proj_gap: optimizer steps between two refreshes of a basis.
+        update_proj_gap: optimizer steps between two refreshes of a basis; published are 200 and 500.
         gamma: threshold of the norm-growth limiter (largest growth of the residual's norm from one step to the
             next); None switches the limiter off.
         target_modules: "all-linear" (every linear layer but the output or classification head, and the stacked
@@ -153,13 +157,13 @@ class FiraConfig:
         split_pattern: module name or regular expression -> the number of equal parts that the weight fuses one after
             another along its output dimension (3 for GPT-2's "c_attn"); each is projected by itself. That they are
             equal, and not in turns, is not seen from the shape.
-        projection: how a basis is found. "svd": the leading right singular vectors of the gradient, as published;
-            "power": one step of block power iteration from the previous basis, about as good and far cheaper;
+        projection: how a basis is found. "power": one step of block power iteration from the previous basis; "svd":
+            the leading right singular vectors of the gradient, as published, as good and far more expensive;
             "random": a random subspace, whatever the gradient.
-        refresh: "together": every basis at each `update_proj_gap`-th update, as published; "staggered": spread over
-            the interval, so that no update takes much longer than another.
-        moments: what becomes of them when the basis changes. "kept": stay as they are, as published; "rotated":
-            carried into the new basis; "aligned": the new basis is turned to lie closest to the old one.
+        refresh: "staggered": spread over the interval, so that no update takes much longer than another; "together":
+            every basis at each `update_proj_gap`-th update, as published.
+        moments: what becomes of them when the basis changes. "rotated": carried into the new basis; "kept": stay as
+            they are, as published; "aligned": the new basis is turned to lie closest to the old one.
         scaling: the scale of the residual: one per row of the long side ("column", the paper's default), one per
             matrix ("matrix"), or 1 ("none").
         residual: "reference": alpha as in the published code, W -= eta (alpha N Q^T + phi (G - alpha R Q^T));
@@ -177,7 +181,7 @@ class FiraConfig:
 
     rank: int = 128
     alpha: float = 1.0
-    update_proj_gap: int = 200
+    update_proj_gap: int = 10
     gamma: float | None = 1.01
     target_modules: str | list[str] = "all-linear"
     target_parameters: list[str] | None = None
@@ -187,9 +191,9 @@ class FiraConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     split_pattern: dict[str, int] = field(default_factory=dict)
-    projection: str = "svd"
-    refresh: str = "together"
-    moments: str = "kept"
+    projection: str = "power"
+    refresh: str = "staggered"
+    moments: str = "rotated"
     scaling: str = "column"
     residual: str = "reference"
     state_dtype: str = "float32"

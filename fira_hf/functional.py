@@ -74,7 +74,7 @@ def row_norms(matrix: Tensor) -> Tensor:
         return torch.linalg.vector_norm(matrix, dim=-1, keepdim=True, dtype=torch.float32)
     # Row by row through a transposed view, torch takes several times as long as for the sum of squared rows.
     sums = torch.zeros(len(matrix), dtype=torch.float32, device=matrix.device)
-    for rows in row_blocks(matrix.t(), size=min(BLOCK, matrix.numel()) // 8):
+    for rows in row_blocks(matrix.t(), size=min(BLOCK, matrix.numel()) // 4):
         sums += rows.float().square().sum(0)
     return sums.sqrt_().unsqueeze(1)
 
@@ -210,9 +210,10 @@ def store(target: Tensor, value: Tensor, generator: torch.Generator | None = Non
 
 def row_blocks(tensor: Tensor, like: Tensor | None = None, size: int = 0) -> tuple[Tensor, ...]:
     """Views of consecutive rows: about `size` (`BLOCK`) elements each, or as many rows as in the blocks of `like`."""
-    shape = (tensor if like is None else like).shape
-    rows = max(1, (size or BLOCK) // max(1, shape[1:].numel()))
-    return (tensor,) if rows >= len(tensor) else tensor.split(rows)
+    like, size = tensor if like is None else like, size or BLOCK
+    if like.numel() <= size:
+        return (tensor,)
+    return tensor.split(max(1, size // like.shape[1:].numel()))
 
 
 def rotate_moments(M: Tensor, V: Tensor, C: Tensor, ratio: Tensor) -> None:

@@ -34,8 +34,8 @@ class FiraAdamW(torch.optim.Optimizer):
     It may set `alpha`, `update_proj_gap`,
     `gamma`, `projection`, `refresh`, `moments`, `scaling` and `residual`, which mean and default to what they do in
     `FiraConfig`. A group without `rank` is AdamW by torch's formulas. Every group may set `state_dtype` and
-    `stochastic_rounding`. With `projection="svd"`, `refresh="together"`, `moments="kept"` and fp32 weights, projected
-    groups follow `fira==1.0.2` step for step.
+    `stochastic_rounding`. With the settings of `fira_hf.PUBLISHED` and fp32 weights, projected groups follow
+    `fira==1.0.2` step for step.
 
     State, created at a weight's first gradient that is finite and not zero (long >= short: sides of the matrix;
     r = min(rank, short); moments and basis of `state_dtype`, whatever the weight's dtype, the scalars fp32; all kept
@@ -146,33 +146,43 @@ class FiraAdamW(torch.optim.Optimizer):
         first: dict[Any, dict[str, Any]] | None = None
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            for p in parameters:
-                if p.grad.is_sparse:
-                    raise RuntimeError("FiraAdamW does not take sparse gradients: use sparse=False in the embedding.")
-                if "rank" in group and p.ndim not in (2, 3):
-                    raise RuntimeError(
-                        "FiraAdamW cannot project flattened weights (FSDP1, DeepSpeed): use DDP or fully_shard."
-                    )
-            if not parameters:
-                continue
             if first is None and any(not self.state.get(p) for p in parameters):
                 first = first_states(self.param_groups)
-            if first is not None:
-                self._create_states(group, first, everywhere=is_rehearsal)
-            if is_rehearsal:
-                continue
-            # Under autocast the products would be taken in half precision.
-            with torch.autocast(parameters[0].device.type, enabled=False):
-                if "rank" in group:
-                    matrices = [matrix for p in parameters for matrix in matrices_of(p, self.state, group)]
-                    refresh(matrices, group, first or {}, self.process_group)
-                    if first is not None:
-                        self.state.update((m.parameter, m.state) for m in matrices if m.begun)
-                    for batch in batches((m for m in matrices if m.begun), group["rank"]):
-                        self._step_projected(batch, group)
-                else:
-                    self._step_dense(parameters, group, first or {})
+            self._step_parameters(group, parameters, first, is_rehearsal)
         return loss
+
+    def _step_parameters(
+        self,
+        group: dict[str, Any],
+        parameters: list[Any],
+        first: dict[Any, dict[str, Any]] | None,
+        is_rehearsal: bool = False,
+    ) -> None:
+        """One step of some parameters of a group, each of which has a gradient; `first` where one has no state yet."""
+        for p in parameters:
+            if p.grad.is_sparse:
+                raise RuntimeError("FiraAdamW does not take sparse gradients: use sparse=False in the embedding.")
+            if "rank" in group and p.ndim not in (2, 3):
+                raise RuntimeError(
+                    "FiraAdamW cannot project flattened weights (FSDP1, DeepSpeed): use DDP or fully_shard."
+                )
+        if not parameters:
+            return
+        if first is not None:
+            self._create_states(group, first, everywhere=is_rehearsal)
+        if is_rehearsal:
+            return
+        # Under autocast the products would be taken in half precision.
+        with torch.autocast(parameters[0].device.type, enabled=False):
+            if "rank" in group:
+                matrices = [matrix for p in parameters for matrix in matrices_of(p, self.state, group)]
+                refresh(matrices, group, first or {}, self.process_group)
+                if first is not None:
+                    self.state.update((m.parameter, m.state) for m in matrices if m.begun)
+                for batch in batches((m for m in matrices if m.begun), group["rank"]):
+                    self._step_projected(batch, group)
+            else:
+                self._step_dense(parameters, group, first or {})
 
     def _is_rehearsal(self) -> bool:
         """Whether this is the step, with zero gradients at a learning rate of 0, by which torch.distributed.checkpoint
@@ -205,11 +215,9 @@ class FiraAdamW(torch.optim.Optimizer):
         if shards:
             bases = [shards.own_columns(Q) for Q in bases]
         R = bases[0].new_empty(len(grads), len(grads[0]), bases[0].shape[1])
-        row_norms = []
         for G, Q, out in zip(grads, bases, R, strict=True):
             F.project(G, Q, out)
-            row_norms.append(F.row_norms(G))  # now, while the gradient is in the cache
-        G_norms = torch.stack(row_norms)
+        G_norms = torch.stack([F.row_norms(G) for G in grads])
         if shards:
             R, G_norms = shards.collect(R, G_norms)
 

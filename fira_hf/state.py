@@ -81,7 +81,7 @@ class Matrix:
         """Creates the state of the parameter, with no basis yet; `first` is its entry in `first_states`."""
         p, dtype = self.parameter, getattr(torch, group["state_dtype"])
         stack, short, long = F.stacked(p, group["split"]), *sorted(self.shape)
-        r, device = min(group["rank"], short), p.device
+        r, device = min(group["rank"], short), self.weight.data.device
         own = self.shards.own(long) if self.shards else slice(0, long)
         self.state.update(first, refresh_in=[None] * stack[0] if stack else None)
         for name in MOMENTS:

@@ -1,8 +1,9 @@
-"""`optim="fira"` in `transformers.TrainingArguments`: teaches the Trainer one more optimizer name."""
+"""`optim="fira"` and `"fira_layerwise"` in `transformers.TrainingArguments`: teaches the Trainer two more names."""
 
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,17 +11,21 @@ from typing import Any
 
 import torch.distributed as dist
 from accelerate.utils import parse_flag_from_env
-from torch import nn
-from transformers import Trainer, TrainingArguments
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import OptimizerNames, ParallelMode
 
-from .config import ALL_LINEAR, FiraConfig, unknown_name
+from .config import ALL_LINEAR, PUBLISHED, FiraConfig, unknown_name
 from .factory import build_optimizer
+from .layerwise import StepInBackward, step_in_backward
 from .optimizer import FiraAdamW
 from .targets import find_targets, linear_layers, unmatched, weights
 
-NAME = "fira"
+logger = logging.getLogger(__name__)
+
+LAYERWISE = "fira_layerwise"
+NAMES = ("fira", LAYERWISE)
 
 
 def _true_or_false(text: str) -> bool:
@@ -43,7 +48,9 @@ OPTIM_ARGS: dict[str, Callable[[str], Any]] = {
     "stochastic_rounding": _true_or_false,
     "dense_lr": float,
     "config": str,
+    "preset": str,
 }
+PRESETS = {"published": PUBLISHED}
 KINDS: dict[Any, str] = {int: "an integer", float: "a number", _true_or_false: "true or false"}
 # Settings that TrainingArguments carries already: FiraConfig's name -> theirs.
 TRAINER_ARGS = {
@@ -60,32 +67,50 @@ def optimizer_name(value: str) -> OptimizerNames:
 
 
 def register() -> None:
-    """Makes `optim="fira"` known to transformers. Importing fira_hf calls it; calling it again changes nothing."""
-    if NAME in OptimizerNames._value2member_map_:
+    """Makes the names known to transformers. Importing fira_hf calls it; calling it again changes nothing."""
+    if NAMES[0] in OptimizerNames._value2member_map_:
         return
-    member = str.__new__(OptimizerNames, NAME)
-    member._name_, member._value_ = NAME.upper(), NAME
-    # An Enum pickles as its class and value, which a process that has not imported fira_hf could not read. This one
-    # brings the import along, so that a saved training_args.bin opens by itself.
-    member.__reduce_ex__ = lambda protocol: (optimizer_name, (NAME,))  # type: ignore
-    OptimizerNames._member_names_.append(member._name_)
-    OptimizerNames._member_map_[member._name_] = member
-    OptimizerNames._value2member_map_[NAME] = member
-    type.__setattr__(OptimizerNames, member._name_, member)
+    for name in NAMES:
+        _add_name(name)
 
     original = Trainer.get_optimizer_cls_and_kwargs
+    original_train = Trainer.train
 
     @functools.wraps(original)
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[type, dict[str, Any]]:
-        if args.optim != NAME:
+        if args.optim not in NAMES:
             return original(args, model)
         if model is None:
-            raise ValueError(f"optim={NAME!r} needs the model to choose the weights that it projects: pass model=...")
+            name = OptimizerNames(args.optim).value
+            raise ValueError(f"optim={name!r} needs the model to choose the weights that it projects: pass model=...")
         _refuse_engines(args)
         replicas = dist.group.WORLD if args.parallel_mode is ParallelMode.DISTRIBUTED else None
         return TrainerFira, {"module": model, "config": config_from_args(args, model), "process_group": replicas}
 
+    @functools.wraps(original_train)
+    def train(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if trainer.args.optim != LAYERWISE:
+            return original_train(trainer, *args, **kwargs)
+        layerwise = Layerwise(trainer)
+        try:
+            return original_train(trainer, *args, **kwargs)
+        finally:
+            layerwise.end()
+
     Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)  # type: ignore
+    Trainer.train = train  # type: ignore
+
+
+def _add_name(name: str) -> None:
+    member = str.__new__(OptimizerNames, name)
+    member._name_, member._value_ = name.upper(), name
+    # An Enum pickles as its class and value, which a process that has not imported fira_hf could not read. This one
+    # brings the import along, so that a saved training_args.bin opens by itself.
+    member.__reduce_ex__ = lambda protocol: (optimizer_name, (name,))  # type: ignore
+    OptimizerNames._member_names_.append(member._name_)
+    OptimizerNames._member_map_[member._name_] = member
+    OptimizerNames._value2member_map_[name] = member
+    type.__setattr__(OptimizerNames, member._name_, member)
 
 
 class TrainerFira(FiraAdamW):
@@ -107,6 +132,66 @@ class TrainerFira(FiraAdamW):
         return optimizer
 
 
+class Layerwise(TrainerCallback):
+    """One training in which the weights are stepped inside backward. Afterwards model and Trainer are as before.
+
+    Raises:
+        ValueError: gradients are scaled (fp16), or the optimizer that was passed to the Trainer is another one.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        accelerator = trainer.accelerator
+        if trainer.args.fp16 or accelerator.scaler is not None:
+            raise ValueError(
+                f"optim={LAYERWISE!r} cannot train with fp16=True: inside backward the gradients are scaled, and "
+                'whether they overflow is not known yet. Set bf16=True instead, or optim="fira".'
+            )
+        if trainer.args.max_grad_norm and trainer.is_world_process_zero():
+            logger.warning(
+                "max_grad_norm=%s has no effect with optim=%r: the norm of all gradients is known only when the "
+                "weights have been stepped. Set max_grad_norm=0 to say so.",
+                trainer.args.max_grad_norm,
+                LAYERWISE,
+            )
+        self._trainer, self._accelerator = trainer, accelerator
+        self._hooks: StepInBackward | None = None
+        self._group: dist.ProcessGroup | None = None
+        self._originals = (accelerator.clip_grad_norm_, accelerator.prepare_model)
+        accelerator.clip_grad_norm_ = self._grad_norm
+        if trainer.args.parallel_mode == ParallelMode.DISTRIBUTED:
+            self._group = dist.group.WORLD
+            # Not wrapped in DDP, whose buckets would hold all gradients; the hooks average them one by one.
+            accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)
+        trainer.add_callback(self)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # accelerate's wrapper
+        if not isinstance(optimizer, FiraAdamW):
+            raise ValueError(
+                f"optim={LAYERWISE!r} steps FiraAdamW, but the Trainer was given {type(optimizer).__name__}: set "
+                "another optim, or pass no optimizer."
+            )
+        if self._hooks is not None:
+            self._hooks.remove()  # auto_find_batch_size begins anew
+        self._hooks = step_in_backward(optimizer, lambda: self._accelerator.sync_gradients, self._group)
+
+    def _grad_norm(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
+        """In place of accelerate's clipping, from which the Trainer takes the norm that it logs."""
+        assert self._hooks is not None
+        return self._hooks.grad_norm(parameters)
+
+    def end(self) -> None:
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._trainer.remove_callback(self)
+        self._accelerator.clip_grad_norm_, self._accelerator.prepare_model = self._originals
+        if self._group is not None:
+            # accelerate has taken note that this model needs no wrapping, which holds for this training only
+            self._trainer.model._is_accelerate_prepared = False  # type: ignore
+
+
 def _refuse_engines(args: TrainingArguments) -> None:
     engines = {
         "DeepSpeed": args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"),
@@ -115,8 +200,8 @@ def _refuse_engines(args: TrainingArguments) -> None:
     for engine, in_use in engines.items():
         if in_use:
             raise ValueError(
-                f"optim={NAME!r} does not run under {engine}, which shards or flattens the weights that it projects: "
-                "use one device or DDP (torchrun, or accelerate launch, without it)."
+                f"optim={OptimizerNames(args.optim).value!r} does not run under {engine}, which shards or flattens "
+                "the weights that it projects: use one device or DDP (torchrun, or accelerate launch, without it)."
             )
 
 
@@ -165,7 +250,7 @@ def config_from_args(args: TrainingArguments, model: nn.Module) -> FiraConfig:
 
 
 def parse_optim_args(text: str | None) -> dict[str, Any]:
-    """`"rank=128, alpha=0.25"` -> typed settings.
+    """`"rank=128, alpha=0.25"` -> typed settings. `preset=published` stands for those of `PUBLISHED`.
 
     Raises:
         ValueError: an entry is not `key=value`, a key is unknown or given twice, or a value is not of its type.
@@ -190,7 +275,14 @@ def parse_optim_args(text: str | None) -> dict[str, Any]:
             settings[name] = None if is_none else OPTIM_ARGS[name](value)
         except ValueError:
             raise ValueError(f"optim_args={text!r}: {name}={value!r} is not {KINDS[OPTIM_ARGS[name]]}.") from None
-    return settings
+    preset = settings.pop("preset", None)
+    if preset is None:
+        return settings
+    if preset not in PRESETS:
+        raise ValueError(f"optim_args={text!r}: {unknown_name('preset', preset, list(PRESETS))}")
+    if "config" in settings:
+        raise ValueError(f"optim_args={text!r}: preset and config exclude each other: write the preset into the file.")
+    return PRESETS[preset] | settings
 
 
 def _trainer_targets(model: nn.Module, targets: Any) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fira_hf import FiraAdamW
+from fira_hf import PUBLISHED, FiraAdamW
 from reference import gradients, spoiled, weight
 
 SHAPES = [(40, 24), (24, 40)]
@@ -58,7 +58,7 @@ def place(parameter, device):
 
 
 def make(parameter, **settings):
-    group = {"rank": 6, "alpha": 0.25, "update_proj_gap": 5}
+    group = {**PUBLISHED, "rank": 6, "alpha": 0.25, "update_proj_gap": 5}
     return FiraAdamW([{"params": [parameter], **group} | settings], lr=1e-2, weight_decay=0.1)
 
 

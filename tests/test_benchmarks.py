@@ -87,7 +87,7 @@ def test_every_optimizer_trains_the_matrices(name):
 
 def test_step_times_methods_side_by_side(tmp_path, capsys):
     path = tmp_path / "step.json"
-    methods = "floor;adamw;fira_hf;fira_hf, staggered;fira"
+    methods = "floor;adamw;fira_hf, together;fira_hf;fira"
     words = ["--size", "tiny", "--steps", "3", "--methods", methods, "--output", str(path), "--device", "cpu"]
     assert step.main(words) == 0
     written = json.loads(path.read_text())
@@ -99,7 +99,7 @@ def test_step_times_methods_side_by_side(tmp_path, capsys):
     assert row["ordinary"] == statistics.median(row["all"][i] for i in (1, 2, 4, 5))
     assert row["amortised"] == pytest.approx(row["ordinary"] + (row["refresh"] - row["ordinary"]) / 200)
     assert written["provenance"]["versions"]["torch"] == torch.__version__
-    assert "staggered" in capsys.readouterr().out
+    assert "together" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         step.main(["--methods", "fra"])
 
@@ -127,7 +127,7 @@ def test_basis_times_and_energies(tmp_path, text, experiment):
     assert basis.main(["time", "--shapes", "70x90x8", "--output", str(path)]) == 0
     (row,) = json.loads(path.read_text())["rows"]
     assert (row["long"], row["short"], row["rank"]) == (90, 70, 8)
-    settings = {"projection": "svd"}
+    settings = {"projection": "svd", "refresh": "together"}
     yaml_path = experiment(power={"optimizer": "fira_hf", "learning_rates": [1e-3], "settings": settings})
     words = ["energy", str(yaml_path), "--data_dir", str(text), "--cache", str(tmp_path / "c"), "--output", str(path)]
     assert basis.main(words) == 0

@@ -8,13 +8,13 @@ import math
 
 import pytest
 
-from fira_hf import FiraConfig
+from fira_hf import PUBLISHED, FiraConfig
 from fira_hf.targets import find_targets
 
 DEFAULTS = {
     "rank": 128,
     "alpha": 1.0,
-    "update_proj_gap": 200,
+    "update_proj_gap": 10,
     "gamma": 1.01,
     "target_modules": "all-linear",
     "target_parameters": None,
@@ -24,9 +24,9 @@ DEFAULTS = {
     "rank_pattern": {},
     "alpha_pattern": {},
     "split_pattern": {},
-    "projection": "svd",
-    "refresh": "together",
-    "moments": "kept",
+    "projection": "power",
+    "refresh": "staggered",
+    "moments": "rotated",
     "scaling": "column",
     "residual": "reference",
     "state_dtype": "float32",
@@ -37,6 +37,8 @@ DEFAULTS = {
     "weight_decay": 0.0,
     "dense_lr": None,
 }
+# What the published code does where the defaults differ.
+PUBLISHED_HERE = {"projection": "svd", "refresh": "together", "moments": "kept", "update_proj_gap": 200}
 
 EVERY_FIELD_SET = {
     "rank": 8,
@@ -66,9 +68,11 @@ EVERY_FIELD_SET = {
 }
 
 
-def test_defaults_are_the_published_ones():
+def test_defaults_and_the_published_choice():
     config = FiraConfig()
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+    published = FiraConfig(**PUBLISHED)
+    assert {name: getattr(published, name) for name in DEFAULTS} == DEFAULTS | PUBLISHED_HERE
 
 
 def test_the_tests_here_know_every_field():

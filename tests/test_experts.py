@@ -14,13 +14,13 @@ from transformers.pytorch_utils import Conv1D
 
 import fira_hf.refresh
 import fira_hf.state
-from fira_hf import FiraAdamW, FiraConfig, get_fira_optimizer
+from fira_hf import PUBLISHED, FiraAdamW, FiraConfig, get_fira_optimizer
 from reference import gradients, weight
 
 SHAPES = {"tall": (40, 24), "wide": (24, 40), "square": (24, 24)}
 EXPERTS = 3
 STEPS = 12
-GROUP = {"rank": 6, "update_proj_gap": 5, "alpha": 0.25}
+GROUP = {**PUBLISHED, "rank": 6, "update_proj_gap": 5, "alpha": 0.25}
 SETTINGS = {
     "svd": {},
     "power": {"projection": "power", "moments": "rotated"},
@@ -295,7 +295,7 @@ def pair(out_features, in_features):
 def test_a_conv1d_trains_as_the_linear_layer_that_it_is(sides, projection):
     """Also where it is square, and the sides of the stored matrix do not say which of them the basis spans."""
     linear, conv = pair(*sides)
-    settings = {"rank": 6, "update_proj_gap": 5, "projection": projection, "lr": 1e-2, "weight_decay": 0.1}
+    settings = PUBLISHED | {"rank": 6, "update_proj_gap": 5, "projection": projection, "lr": 1e-2, "weight_decay": 0.1}
     optimizers = [get_fira_optimizer(model, FiraConfig(**settings)) for model in (linear, conv)]
     for grad in gradients(sides, STEPS):
         linear[0].weight.grad, conv[0].weight.grad = grad, grad.t().contiguous()

@@ -6,18 +6,19 @@ import pytest
 import torch
 from fira import FiraAdamW as Published
 
-from fira_hf import FiraAdamW
+from fira_hf import PUBLISHED, FiraAdamW
 from reference import fira_step, gradients, spoiled, weight
 
 SHAPES = [(40, 24), (24, 40)]
 GROUP = {"rank": 6, "update_proj_gap": 5, "alpha": 1.0}
+OURS = {**PUBLISHED, **GROUP}
 
 
 def make(parameter, projected=True, cls=FiraAdamW):
     if cls is Published:
         group = GROUP | {"proj_type": "std"} if projected else {}
         return Published([{"params": [parameter], **group}], lr=1e-2, weight_decay=0.1, no_deprecation_warning=True)
-    return FiraAdamW([{"params": [parameter], **(GROUP if projected else {})}], lr=1e-2, weight_decay=0.1)
+    return FiraAdamW([{"params": [parameter], **(OURS if projected else {})}], lr=1e-2, weight_decay=0.1)
 
 
 def step(optimizer, parameter, gradient):
@@ -108,7 +109,7 @@ def test_first_gradient_not_finite(everywhere, bad):
 def test_dense_group_is_skipped_as_a_whole(bad, at):
     first, second, matrix = weight((7,)), weight((5, 3)), weight((40, 24))
     untouched = [p.detach().clone() for p in (first, second, matrix)]
-    optimizer = FiraAdamW([{"params": [first, second]}, {"params": [matrix], **GROUP}], lr=1e-2, weight_decay=0.1)
+    optimizer = FiraAdamW([{"params": [first, second]}, {"params": [matrix], **OURS}], lr=1e-2, weight_decay=0.1)
     reference = [torch.nn.Parameter(p.clone()) for p in untouched[:2]]
     adam = torch.optim.AdamW(reference, lr=1e-2, weight_decay=0.1, eps=1e-6)
     sequence = gradients((40, 24), 6)
@@ -160,7 +161,7 @@ def test_what_the_published_package_does_with_them(projected, bad):
 def test_huge_and_tiny_gradients_stay_finite(shape, size, scaling):
     parameter = weight(shape)
     start = parameter.detach().clone()
-    optimizer = FiraAdamW([{"params": [parameter], **GROUP, "scaling": scaling, "gamma": 1.01}], lr=1e-3)
+    optimizer = FiraAdamW([{"params": [parameter], **OURS, "scaling": scaling, "gamma": 1.01}], lr=1e-3)
     for gradient in gradients(shape, 7):
         step(optimizer, parameter, size * gradient)
         assert parameter.isfinite().all()
@@ -171,7 +172,7 @@ def test_huge_and_tiny_gradients_stay_finite(shape, size, scaling):
     if size == 1e15 and scaling != "none":
         # Adam's direction does not know the size: as with gradients of size one
         same = weight(shape)
-        other = FiraAdamW([{"params": [same], **GROUP, "scaling": scaling}], lr=1e-3, eps=1e-21)
+        other = FiraAdamW([{"params": [same], **OURS, "scaling": scaling}], lr=1e-3, eps=1e-21)
         for gradient in gradients(shape, 7):
             step(other, same, gradient)
         assert (parameter - same).norm() <= 1e-3 * (same - start).norm()
@@ -242,7 +243,7 @@ def test_one_row_of_zeros_does_not_stop_the_others():
     """An embedding-like gradient: rows without a gradient are rows without an update."""
     shape = (40, 24)
     parameter = weight(shape)
-    optimizer = FiraAdamW([{"params": [parameter], **GROUP}], lr=1e-2)
+    optimizer = FiraAdamW([{"params": [parameter], **OURS}], lr=1e-2)
     start = parameter.detach().clone()
     for gradient in gradients(shape, 7):
         gradient[5] = 0

@@ -6,13 +6,15 @@ import types
 import pytest
 import torch
 
-from fira_hf import FiraAdamW
+from fira_hf import PUBLISHED, FiraAdamW
 from reference import fira_step, gradients, weight
 
 
 def fira(*params, lr=1e-2, **settings):
     adam = {k: settings.pop(k) for k in ("betas", "eps", "weight_decay") if k in settings}
-    return FiraAdamW([{"params": list(params), "rank": 6, "update_proj_gap": 5} | settings], lr=lr, **adam)
+    return FiraAdamW(
+        [{"params": list(params), **PUBLISHED, "rank": 6, "update_proj_gap": 5} | settings], lr=lr, **adam
+    )
 
 
 def run(optimizer, parameter, sequence):
@@ -195,7 +197,7 @@ def test_statistics_are_means_over_matrices_and_steps():
     settings = {"rank": 6, "alpha": 0.25, "update_proj_gap": 5, "scaling": "none"}
     matrices = [weight(s, seed=i) for i, s in enumerate(shapes)]
     bias = torch.nn.Parameter(torch.ones(5))
-    optimizer = FiraAdamW([{"params": matrices, **settings}, {"params": [bias]}], lr=1e-2)
+    optimizer = FiraAdamW([{"params": matrices, **PUBLISHED, **settings}, {"params": [bias]}], lr=1e-2)
     optimizer.track_statistics = True
     assert optimizer.pop_statistics() == {}
 
@@ -231,7 +233,7 @@ def test_statistics_are_means_over_matrices_and_steps():
 def test_residual_share_is_of_the_applied_update(residual):
     settings = {"rank": 6, "alpha": 0.25, "residual": residual}
     parameter = weight((40, 24))
-    optimizer = FiraAdamW([{"params": [parameter], **settings}])
+    optimizer = FiraAdamW([{"params": [parameter], **PUBLISHED, **settings}])
     optimizer.track_statistics = True
     parameter.grad = gradients((40, 24), 1)[0]
     _, _, statistics = fira_step(parameter.detach().double(), parameter.grad, {}, **settings)
@@ -311,8 +313,8 @@ def test_no_attribute_refers_to_a_parameter():
 def test_groups_keep_their_own_settings():
     """Two projected groups of one optimizer train as two optimizers."""
     settings = [
-        {"rank": 2, "alpha": 0.25, "lr": 1e-2, "scaling": "matrix", "weight_decay": 0.1},
-        {"rank": 5, "update_proj_gap": 2, "lr": 1e-3, "betas": (0.5, 0.9), "eps": 1e-3, "gamma": None},
+        {"refresh": "together", "rank": 2, "alpha": 0.25, "lr": 1e-2, "scaling": "matrix", "weight_decay": 0.1},
+        {**PUBLISHED, "rank": 5, "update_proj_gap": 2, "lr": 1e-3, "betas": (0.5, 0.9), "eps": 1e-3, "gamma": None},
     ]
     together, apart = ([weight((12, 8), seed=i) for i in range(2)] for _ in range(2))
     one = FiraAdamW([{"params": [p], **s} for p, s in zip(together, settings, strict=True)])

@@ -7,7 +7,7 @@ import torch
 from fira import FiraAdamW as Published
 
 from conftest import build_llama
-from fira_hf import FiraAdamW
+from fira_hf import PUBLISHED, FiraAdamW
 from reference import gradients, weight
 
 SHAPES = {"tall": (40, 24), "wide": (24, 40), "square": (32, 32)}
@@ -17,7 +17,7 @@ PARITY = 1e-4
 
 
 def projected(params, **settings):
-    return {"params": params, "rank": 6, "alpha": 1.0, "update_proj_gap": 20} | settings
+    return {"params": params, **PUBLISHED, "rank": 6, "alpha": 1.0, "update_proj_gap": 20} | settings
 
 
 def published(groups, **settings):

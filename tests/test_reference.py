@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fira_hf import FiraAdamW
+from fira_hf import PUBLISHED, FiraAdamW
 from reference import fira_step, gradients, weight
 
 # fp32 products of some 40 terms and a handful of operations: about 100 ulps (1.2e-7) of the buffer's norm at most.
@@ -27,7 +27,7 @@ def compare(shape, steps=13, **group):
     W, state = start, {}
     # short memories, so that N, which grows while the first moment fills, soon falls and the limiter lets go
     common = {"lr": 1e-2, "betas": (0.5, 0.9), "weight_decay": 0.1}
-    optimizer = FiraAdamW([{"params": [parameter], **group}], **common)
+    optimizer = FiraAdamW([{"params": [parameter], **PUBLISHED, **group}], **common)
     long, short = max(shape), min(shape)
     rank = min(group["rank"], short)
 

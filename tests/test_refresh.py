@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from fira_hf import FiraAdamW
+from fira_hf import PUBLISHED, FiraAdamW
 from fira_hf import functional as F
 from reference import gradients, weight
 
@@ -14,7 +14,14 @@ SHAPES = [(96, 80), (80, 96), (80, 80), (96, 80), (96, 72), (40, 100)]
 
 def make(gap=12, **settings):
     parameters = [weight(shape, seed=i) for i, shape in enumerate(SHAPES)]
-    group = {"params": parameters, "rank": 8, "update_proj_gap": gap, "projection": "power", **settings}
+    group = {
+        "params": parameters,
+        "rank": 8,
+        "update_proj_gap": gap,
+        "projection": "power",
+        "refresh": "together",
+        **settings,
+    }
     return parameters, FiraAdamW([group], lr=1e-3)
 
 
@@ -107,7 +114,7 @@ def test_zero_gradients_delay_a_staggered_refresh_by_as_many_steps():
 def refresh_once(moments, M, V, seed=5):
     """State before and after a refresh of one matrix, with these moments in the old basis."""
     parameter = weight((60, 40))
-    settings = {"rank": 6, "update_proj_gap": 1, "moments": moments, "projection": "svd"}
+    settings = {**PUBLISHED, "rank": 6, "update_proj_gap": 1, "moments": moments}
     optimizer = FiraAdamW([{"params": [parameter], **settings}], lr=0.0, betas=(0.9, 0.99))
     sequence = gradients((60, 40), seed)
     for gradient in sequence[:-1]:

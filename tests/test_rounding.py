@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fira_hf import FiraAdamW
+from fira_hf import PUBLISHED, FiraAdamW
 from fira_hf import functional as F
 from reference import gradients, weight
 
@@ -33,7 +33,7 @@ def test_the_generator_decides():
 def train(dtype, lr, steps, projected=True, **settings):
     parameter = weight((64, 48), dtype=dtype)
     parameter.data.fill_(1.0)
-    group = {"rank": 8, "update_proj_gap": 10} if projected else {}
+    group = {**PUBLISHED, "rank": 8, "update_proj_gap": 10} if projected else {}
     optimizer = FiraAdamW([{"params": [parameter], **group, **settings}], lr=lr)
     for gradient in gradients((64, 48), steps):
         parameter.grad = gradient.abs().to(dtype)
@@ -80,7 +80,7 @@ def test_state_in_bf16_is_half_as_large_and_follows_that_in_fp32(projected):
 def test_a_second_moment_in_bf16_follows_beta2_near_one():
     """With nearest rounding it could not change at all: 0.1% is less than half a unit in the last place."""
     parameter = weight((64, 48))
-    optimizer = FiraAdamW([{"params": [parameter], "rank": 8, "state_dtype": "bfloat16"}], lr=0.0)
+    optimizer = FiraAdamW([{"params": [parameter], **PUBLISHED, "rank": 8, "state_dtype": "bfloat16"}], lr=0.0)
     sequence = gradients((64, 48), 2)
     parameter.grad = sequence[0]
     optimizer.step()

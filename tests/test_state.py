@@ -8,11 +8,11 @@ import re
 import pytest
 import torch
 
-from fira_hf import FiraAdamW
+from fira_hf import PUBLISHED, FiraAdamW
 from reference import gradients, weight
 
 SHAPES = [(40, 24), (24, 40), (16, 16), (9,)]  # the last is dense
-GROUP = {"rank": 6, "update_proj_gap": 5, "alpha": 0.25}
+GROUP = {**PUBLISHED, "rank": 6, "update_proj_gap": 5, "alpha": 0.25}
 
 
 def parameters(dtype=torch.float32):

@@ -18,7 +18,7 @@ from transformers.training_args import OptimizerNames
 
 import fira_hf
 from conftest import build_llama, trainer_settings
-from fira_hf import FiraAdamW, FiraConfig, get_fira_optimizer
+from fira_hf import PUBLISHED, FiraAdamW, FiraConfig, get_fira_optimizer
 
 ROOT = Path(fira_hf.__file__).resolve().parents[1]
 
@@ -275,6 +275,17 @@ def test_without_optim_args_the_defaults_hold(make_trainer, optim_args):
     default = FiraConfig()
     for name in VALID[:-1]:
         assert getattr(config, name) == getattr(default, name)
+
+
+def test_the_published_preset(make_trainer):
+    """Further keys override it."""
+    config = created(make_trainer, optim_args="preset=published, rank=8, update_proj_gap=25").config
+    assert {name: getattr(config, name) for name in PUBLISHED} == {**PUBLISHED, "update_proj_gap": 25}
+    assert config.rank == 8
+    with pytest.raises(ValueError, match="'publish'.*'published'"):
+        created(make_trainer, optim_args="preset=publish")
+    with pytest.raises(ValueError, match="preset and config"):
+        created(make_trainer, optim_args="preset=published, config=out")
 
 
 @pytest.mark.parametrize("word", ["none", "None"])

@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import nn
 from tqdm import tqdm
 
+from fira_hf import FiraConfig
 from fira_hf.functional import tall
 from recipes.benchmarks.models import SIZES, matrices
 from recipes.benchmarks.optimizers import BUILDERS, build
@@ -29,11 +30,13 @@ from recipes.benchmarks.options import parser as command_line
 from recipes.benchmarks.options import write
 
 FLOOR = "floor"
-# What is compared: a name in the table -> optimizer and settings of its group.
+# What is compared: a name in the table -> optimizer and settings of its group. By default fira_hf spreads its
+# refreshes over an interval of its own; the others refresh all bases at one step.
+DEFAULT = "fira_hf"
 CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
-    "fira_hf": ("fira_hf", {}),
-    "fira_hf, staggered": ("fira_hf", {"refresh": "staggered"}),
-    "fira_hf, svd": ("fira_hf", {"projection": "svd", "refresh": "together"}),
+    DEFAULT: ("fira_hf", {}),
+    "fira_hf, together": ("fira_hf", {"refresh": "together"}),
+    "fira_hf, published": ("fira_hf", {"projection": "svd", "refresh": "together", "moments": "kept"}),
 } | {name: (name, {}) for name in BUILDERS if name not in ("fira_hf", "muon")}
 
 
@@ -80,8 +83,7 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             continue
         kind, settings = CHOICES[name]
         try:
-            # Staggered refreshes are spread over the real interval; the others fall on one step of this run.
-            gap = options.gap if settings.get("refresh") == "staggered" else options.steps
+            gap = FiraConfig().update_proj_gap if name == DEFAULT else options.steps
             steps[name] = build(kind, fresh(), 1e-3, rank, gap, **settings).step
         except ImportError as error:
             failed[name] = {"error": str(error)}
@@ -98,7 +100,7 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     for name, ms in times.items():
         ordinary = statistics.median(t for i, t in enumerate(ms) if i % options.steps)
         found[name] = {"first": ms[0], "ordinary": ordinary, "longest": max(ms), "all": ms}
-        if "staggered" in name:
+        if name == DEFAULT:
             found[name]["amortised"] = statistics.mean(ms[1:])
         elif name != FLOOR:
             refresh = ms[options.steps]
