@@ -38,7 +38,15 @@ def estimate_memory(
 
     With a batch size and a sequence length (tokens), the peak of a training step of this language model, too, in
     the dtype of its weights, and with gradient checkpointing if that is switched on.
+
+    Raises:
+        ValueError: only one of batch size and sequence length is given, or the config does not fit the model.
     """
+    if (batch_size is None) != (sequence_length is None):
+        raise ValueError(
+            f"batch_size={batch_size}, sequence_length={sequence_length}: activations need both; leave out both for "
+            "an estimate without them."
+        )
     trainable = [p for p in model.parameters() if p.requires_grad]
     if config is None:
         state = sum(map(adamw_state_bytes, trainable))

@@ -50,3 +50,9 @@ def test_estimating_leaves_the_model_as_it_was():
     assert not model.training
     for name, p in model.named_parameters():
         assert id(p) == before[name][0] and torch.equal(p, before[name][1]) and p.grad is None
+
+
+@pytest.mark.parametrize("given", [{"batch_size": 4}, {"sequence_length": 128}])
+def test_half_a_batch_is_refused(given):
+    with pytest.raises(ValueError, match=next(iter(given))):
+        estimate_memory(build_llama(), None, **given)
