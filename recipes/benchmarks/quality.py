@@ -179,6 +179,7 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     experiment = yaml.safe_load(options.experiment.read_text(encoding="utf-8"))
     variants = experiment.pop("variants")
+    experiment.pop("published", None)  # a shorthand within the file
     names = options.variants or list(variants)
     for name in names:
         if name not in variants:
