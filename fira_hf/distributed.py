@@ -77,7 +77,7 @@ class Shards:
         long = R.shape[1]
         parts = _rows_first(torch.cat([R, G_norms.square()], dim=2), -(-long // self.count) * self.count)
         rows = parts.new_empty(len(parts) // self.count, *parts.shape[1:])
-        dist.reduce_scatter_tensor(rows, parts, group=self.group)
+        dist.reduce_scatter(rows, list(parts.chunk(self.count)), group=self.group)
         own = self.own(long)
         rows = rows[: own.stop - own.start].transpose(0, 1)
         return rows[..., :-1].contiguous(), rows[..., -1:].sqrt()
@@ -88,7 +88,7 @@ class Shards:
             return A, B
         part = _rows_first(torch.cat([A, B], dim=2), -(-long // self.count))
         rows = part.new_empty(len(part) * self.count, *part.shape[1:])
-        dist.all_gather_into_tensor(rows, part, group=self.group)
+        dist.all_gather(list(rows.chunk(self.count)), part, group=self.group)
         rows = rows[:long].transpose(0, 1)
         return rows[..., :-1], rows[..., -1:]
 
@@ -103,7 +103,7 @@ class Shards:
             return Y
         part = _rows_first(Y[None], -(-short // self.count))
         rows = part.new_empty(len(part) * self.count, *part.shape[1:])
-        dist.all_gather_into_tensor(rows, part, group=self.group)
+        dist.all_gather(list(rows.chunk(self.count)), part, group=self.group)
         return rows[:short, 0]
 
     def find_basis(

@@ -116,6 +116,7 @@ if rank == 0:
     error = (weights - single).norm() / single.norm()
     assert (single - start).norm() > 0.01 * start.norm()
     torch.save({"error": error, "counts": counts}, sys.argv[1])
+dist.barrier()  # none goes while another still talks to it
 dist.destroy_process_group()
 """
 

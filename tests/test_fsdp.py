@@ -109,6 +109,7 @@ if rank == 0:
         "statistics": (statistics, optimizer.pop_statistics()),
     }
     torch.save(found, sys.argv[1])
+dist.barrier()  # none goes while another still talks to it
 dist.destroy_process_group()
 """
 )
@@ -153,6 +154,7 @@ train(model, optimizer, 20, 40, sharded)
 weights = full(model)
 if rank == 0:
     torch.save(weights, f"{folder}/{task}-{world}.pt")
+dist.barrier()  # none goes while another still talks to it
 dist.destroy_process_group()
 """
 )
