@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .functional import project
-from .subspace import EXACT, leading_eigenvectors, orthonormalize, random, signs
+from .subspace import EXACT, leading_eigenvectors, orthonormalize, random, random_sums, signs, transposed_product
 
 
 def owners(costs: list[int], group: ProcessGroup | None) -> list[int]:
@@ -86,10 +86,7 @@ class Shards:
         """A (B, rows, r) and B (B, rows, 1) of this process's rows -> of those that its part of the weight needs."""
         if self.is_tall:
             return A, B
-        part = _rows_first(torch.cat([A, B], dim=2), -(-long // self.count))
-        rows = part.new_empty(len(part) * self.count, *part.shape[1:])
-        dist.all_gather(list(rows.chunk(self.count)), part, group=self.group)
-        rows = rows[:long].transpose(0, 1)
+        rows = self._gather(torch.cat([A, B], dim=2), long).transpose(0, 1)
         return rows[..., :-1], rows[..., -1:]
 
     def own_columns(self, Q: Tensor) -> Tensor:
@@ -101,10 +98,14 @@ class Shards:
         if self.is_tall:
             dist.all_reduce(Y, group=self.group)
             return Y
-        part = _rows_first(Y[None], -(-short // self.count))
-        rows = part.new_empty(len(part) * self.count, *part.shape[1:])
-        dist.all_gather(list(rows.chunk(self.count)), part, group=self.group)
-        return rows[:short, 0]
+        return self._gather(Y[None], short)[:, 0]
+
+    def _gather(self, part: Tensor, rows: int) -> Tensor:
+        """(B, own rows, k) of each process -> (rows, B, k), all of them."""
+        part = _rows_first(part, -(-rows // self.count))
+        whole = part.new_empty(len(part) * self.count, *part.shape[1:])
+        dist.all_gather(list(whole.chunk(self.count)), part, group=self.group)
+        return whole[:rows]
 
     def find_basis(
         self, G: Tensor, shape: torch.Size, rank: int, method: str, previous: Tensor | None, seed: int
@@ -122,10 +123,8 @@ class Shards:
             whole = self._whole(scaled.t(), short)
             return leading_eigenvectors(whole @ whole.t(), rank)
         if previous is None:
-            sums = torch.zeros(r, G.shape[1], device=G.device)
-            sign = signs(long, seed, G.device)[self.own(long)] if self.is_tall else signs(long, seed, G.device)
-            first = self.own(long).start if self.is_tall else 0
-            sums.index_add_(0, torch.arange(first, first + len(G), device=G.device) % r, G.float() * sign)
+            own = self.own(long) if self.is_tall else slice(0, long)
+            sums = random_sums(G, signs(long, seed, G.device)[own], r).roll(own.start, 0)
             (previous,) = orthonormalize(self._whole(sums.t().contiguous(), short)[None])
             if method == "sketch" or previous is None:
                 return previous
@@ -137,7 +136,7 @@ class Shards:
         P = project(G, self.own_columns(Q), torch.empty(len(G), Q.shape[1], device=G.device))
         if not self.is_tall:
             dist.all_reduce(P, group=self.group)
-        return self._whole(G.float().t() @ P.div_(self._largest(P)), short)
+        return self._whole(transposed_product(G, P.div_(self._largest(P))), short)
 
     def _largest(self, tensor: Tensor) -> Tensor:
         """The largest absolute value on any process, but not 0."""
@@ -158,6 +157,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _split_dimensions(p: DTensor) -> list[int]:
+    """The dimensions of the mesh over which it is not just repeated."""
+    return [dim for dim, placement in enumerate(p.placements) if not isinstance(placement, Replicate)]
+
+
 def shards_of(p: Tensor, split: int, transposed: bool) -> Shards | None:
     """How a projected weight is sharded; None: it is not.
 
@@ -166,7 +170,7 @@ def shards_of(p: Tensor, split: int, transposed: bool) -> Shards | None:
     """
     if not isinstance(p, DTensor):
         return None
-    dims = [dim for dim, placement in enumerate(p.placements) if not isinstance(placement, Replicate)]
+    dims = _split_dimensions(p)
     if dims and split > 1:
         raise RuntimeError(
             f"FiraAdamW cannot take a sharded weight apart into {split}: leave it out of split_pattern."
@@ -198,8 +202,7 @@ def agree(ok: Tensor, parameters: list[Any]) -> Tensor:
         p.device_mesh.get_group(dim): None
         for p in parameters
         if isinstance(p, DTensor)
-        for dim, placement in enumerate(p.placements)
-        if not isinstance(placement, Replicate)
+        for dim in _split_dimensions(p)
     }
     for group in groups:
         votes = ok.to(torch.int32)

@@ -78,13 +78,18 @@ def sketch(grads: Sequence[Tensor], rank: int, previous: Sequence[Tensor | None]
 
     Every row goes, with a random sign, into one of the sums (count sketch; Clarkson and Woodruff 1207.6365).
     """
-    matrices = [tall(grad) for grad in grads]
-    short, device = matrices[0].shape[1], grads[0].device
-    Y = torch.zeros(len(matrices), min(rank, short), short, device=device)
-    for y, G, seed in zip(Y, matrices, seeds, strict=True):
-        for rows, sign in zip(G.split(len(y)), signs(len(G), seed, device).split(len(y)), strict=True):
-            y[: len(rows)].addcmul_(rows, sign)
-    return orthonormalize(Y.mT)
+    matrices, device = [tall(grad) for grad in grads], grads[0].device
+    r = min(rank, matrices[0].shape[1])
+    sums = [random_sums(G, signs(len(G), seed, device), r) for G, seed in zip(matrices, seeds, strict=True)]
+    return orthonormalize(torch.stack(sums).mT)
+
+
+def random_sums(G: Tensor, signs: Tensor, r: int) -> Tensor:
+    """(r, columns) fp32: row i of G, times its sign (rows, 1), goes into sum i mod r."""
+    sums = torch.zeros(r, G.shape[1], device=G.device)
+    for rows, sign in zip(G.split(r), signs.split(r), strict=True):
+        sums[: len(rows)].addcmul_(rows, sign)
+    return sums
 
 
 def signs(rows: int, seed: int, device: torch.device) -> Tensor:
@@ -104,9 +109,14 @@ def _iterate(G: Tensor, Q: Tensor) -> Tensor:
     """G^T G Q up to a factor, (short, r) fp32; for a G of any size whose norm is finite in fp32."""
     P = project(G, Q, torch.empty(len(G), Q.shape[1], device=G.device))
     P.div_(P.abs().amax().clamp_(min=torch.finfo(torch.float32).tiny))
+    return transposed_product(G, P)
+
+
+def transposed_product(G: Tensor, P: Tensor) -> Tensor:
+    """G^T P in fp32. Other dtypes are converted in blocks."""
     if G.dtype == torch.float32:
         return G.t() @ P
-    Y = torch.zeros_like(Q)
+    Y = torch.zeros(G.shape[1], P.shape[1], device=G.device)
     for rows, part in zip(row_blocks(G), row_blocks(P, like=G), strict=True):
         Y.addmm_(rows.float().t(), part)
     return Y
