@@ -353,6 +353,16 @@ class FiraAdamW(torch.optim.Optimizer):
             return {}
         return dict(zip(STATISTICS, (sums[1:] / sums[0]).tolist(), strict=True))
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch's optimizers give it, with copies of the bases."""
+        state_dict = super().state_dict()
+        # torch.distributed sends a tensor as it lies in memory, and a basis lies there column by column.
+        state_dict["state"] = {
+            index: {name: value.contiguous() if name == "basis" else value for name, value in state.items()}
+            for index, state in state_dict["state"].items()
+        }
+        return state_dict
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state as saved, in the dtype in which it was saved (torch would cast it to that of the weight).
 
