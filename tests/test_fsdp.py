@@ -207,13 +207,14 @@ class Kill(TrainerCallback):
             dist.barrier()
             os._exit(0)
 
-output, task, kind = sys.argv[1:]
+output, task, kind, precision = sys.argv[1:]
 sharding = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": kind}
 settings = trainer_settings(output_dir=f"{output}/{task}") | {
     "optim": "fira", "optim_args": "rank=4, update_proj_gap=3, moments=rotated", "gradient_accumulation_steps": 2,
     "weight_decay": 0.1, "max_grad_norm": 1.0, "max_steps": 10, "logging_steps": 5, "save_strategy": "steps",
     "save_steps": 4, "learning_rate": 1e-3, "lr_scheduler_type": "linear",
 }
+settings["bf16"] = precision == "bf16"
 if task != "ddp":
     settings |= {"fsdp": True, "fsdp_config": sharding}
 if task == "resumed":
@@ -233,17 +234,19 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
-def test_the_trainer_shards_and_resumes_a_run_that_was_killed(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "precision", "tolerance"), [("FULL_STATE_DICT", "fp32", 1e-5), ("SHARDED_STATE_DICT", "bf16", 1e-2)]
+)
+def test_the_trainer_shards_and_resumes_a_run_that_was_killed(tmp_path, kind, precision, tolerance):
     """Ten steps with accumulation, decay, clipping and a schedule: the result of DDP, also after a kill at step 6 and
     a new start from the checkpoint of step 4."""
     for task in ("ddp", "whole", "killed", "resumed"):
-        launch(TRAINER, tmp_path, 2, str(tmp_path), task, kind)
+        launch(TRAINER, tmp_path, 2, str(tmp_path), task, kind, precision)
     ddp, whole, resumed = (torch.load(tmp_path / f"{task}.pt") for task in ("ddp", "whole", "resumed"))
     assert not (tmp_path / "killed.pt").exists()
-    assert (whole["weights"] - ddp["weights"]).norm() <= 1e-5 * ddp["weights"].norm()
+    assert (whole["weights"] - ddp["weights"]).norm() <= tolerance * ddp["weights"].norm()
     assert torch.equal(resumed["weights"], whole["weights"])
     for sharded, other in zip(whole["logs"], ddp["logs"], strict=True):
         for name in ("loss", "grad_norm", "learning_rate", "fira_captured_energy", "fira_residual_share"):
-            assert sharded[name] == pytest.approx(other[name], rel=1e-3), name
+            assert sharded[name] == pytest.approx(other[name], rel=1e-3 if precision == "fp32" else 0.1), name
         assert sharded["fira_state_bytes"] < 0.8 * other["fira_state_bytes"]
