@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from recipes import files
@@ -70,7 +71,7 @@ def write_report(source: Path, console: Console | None = None) -> None:
     for run in runs:
         if run["status"] != "ok":
             parts += [f"**{_name(run)} failed**: {run['error']}", ""]
-            console.print(f"[bold red]{_name(run)} failed[/]: {run['error']}")
+            console.print(f"[bold red]{_name(run)} failed[/]: {escape(run['error'])}")
     (folder / "report.md").write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
     console.print(f"Report: {folder / 'report.md'}")
 

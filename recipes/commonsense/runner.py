@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from recipes import files
 from recipes.commonsense import rundir
@@ -59,7 +60,8 @@ def execute(runs: list[Run]) -> list[Run]:
             console.print(f"complete in {run.folder}")
         elif not _execute(run):
             failed.append(run)
-            console.print(f"[bold red]{run.name} failed[/]: {files.read_json(run.folder / rundir.RESULT)['error']}")
+            error = escape(files.read_json(run.folder / rundir.RESULT)["error"])  # brackets are not for rich
+            console.print(f"[bold red]{run.name} failed[/]: {error}")
     return failed
 
 
