@@ -170,3 +170,76 @@ def test_a_checkpoint_of_two_processes_goes_on_with_one_two_and_three(tmp_path):
         assert (resumed - saved).norm() <= 1e-5 * saved.norm()
         if processes == 2:
             assert torch.equal(resumed, saved)
+
+
+TRAINER = """
+import os
+import sys
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import fira_hf
+from conftest import build_llama, build_tokens, trainer_settings
+
+torch.set_num_threads(1)
+original = AcceleratorState.__init__
+
+def sharding_on_the_cpu(self, *args, fsdp_plugin=None, **kwargs):
+    # accelerate falls back to DDP on the CPU; the rest of its FSDP2 works there
+    original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:
+        if self._mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self._mixed_precision)
+        self.fsdp_plugin = fsdp_plugin
+        self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+AcceleratorState.__init__ = sharding_on_the_cpu
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 6:
+            dist.barrier()
+            os._exit(0)
+
+output, task, kind = sys.argv[1:]
+sharding = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": kind}
+settings = trainer_settings(output_dir=f"{output}/{task}") | {
+    "optim": "fira", "optim_args": "rank=4, update_proj_gap=3, moments=rotated", "gradient_accumulation_steps": 2,
+    "weight_decay": 0.1, "max_grad_norm": 1.0, "max_steps": 10, "logging_steps": 5, "save_strategy": "steps",
+    "save_steps": 4, "learning_rate": 1e-3, "lr_scheduler_type": "linear",
+}
+if task != "ddp":
+    settings |= {"fsdp": True, "fsdp_config": sharding}
+if task == "resumed":
+    settings["output_dir"] = f"{output}/killed"
+callbacks = [fira_hf.FiraCallback(), *([Kill()] if task == "killed" else [])]
+trainer = Trainer(
+    model=build_llama(), args=TrainingArguments(**settings), train_dataset=build_tokens(), callbacks=callbacks
+)
+trainer.train(resume_from_checkpoint=task == "resumed")
+parts = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in trainer.model.parameters()]
+weights = torch.cat([p.detach().flatten() for p in parts])
+if dist.get_rank() == 0:
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    torch.save({"weights": weights, "logs": logs}, f"{output}/{task}.pt")
+dist.barrier()  # none goes while another still talks to it
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_the_trainer_shards_and_resumes_a_run_that_was_killed(tmp_path, kind):
+    """Ten steps with accumulation, decay, clipping and a schedule: the result of DDP, also after a kill at step 6 and
+    a new start from the checkpoint of step 4."""
+    for task in ("ddp", "whole", "killed", "resumed"):
+        launch(TRAINER, tmp_path, 2, str(tmp_path), task, kind)
+    ddp, whole, resumed = (torch.load(tmp_path / f"{task}.pt") for task in ("ddp", "whole", "resumed"))
+    assert not (tmp_path / "killed.pt").exists()
+    assert (whole["weights"] - ddp["weights"]).norm() <= 1e-5 * ddp["weights"].norm()
+    assert torch.equal(resumed["weights"], whole["weights"])
+    for sharded, other in zip(whole["logs"], ddp["logs"], strict=True):
+        for name in ("loss", "grad_norm", "learning_rate", "fira_captured_energy", "fira_residual_share"):
+            assert sharded[name] == pytest.approx(other[name], rel=1e-3), name
+        assert sharded["fira_state_bytes"] < 0.8 * other["fira_state_bytes"]
