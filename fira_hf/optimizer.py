@@ -347,8 +347,8 @@ class FiraAdamW(torch.optim.Optimizer):
 
         limiter_active: share of the residuals that the norm-growth limiter scaled down. captured_energy:
         ||R||^2 / ||G||^2, the share of the gradient's energy that lies in the subspace. residual_share:
-        ||S||^2 / (||alpha N||^2 + ||S||^2), the residual's part of the update. Reads the device; set
-        `track_statistics` before the steps of interest.
+        ||S||^2 / (||alpha N||^2 + ||S||^2), the residual's part of the update. Of a sharded stack the matrices of this
+        process count. Reads the device; set `track_statistics` before the steps of interest.
         """
         sums = sum(total.cpu().double() for total in self._sums.values())
         self._sums.clear()

@@ -217,7 +217,7 @@ def _is_sharded(args: TrainingArguments) -> bool:
         )
     if not args.fsdp and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return False
-    # Of arguments or, up to transformers 5.3, only of `accelerate launch`.
+    # By the arguments or, always so in older versions of transformers, by `accelerate launch`.
     plugin = getattr(args, "fsdp_plugin_args", None) or {}
     version = int(plugin.get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
     if version != 2 or (isinstance(args.fsdp_config, dict) and args.fsdp_config.get("xla")):

@@ -135,7 +135,10 @@ def test_an_expert_without_a_usable_gradient_is_left_untouched(when, bad, settin
             spoiled[idle][3, 7] = bad
         stack.grad = torch.stack(spoiled)
         state = together.state.get(stack, {})
-        before = stack[idle].clone(), {k: copy.deepcopy(v[idle]) for k, v in state.items() if k not in ("seed", "rounded")}
+        before = (
+            stack[idle].clone(),
+            {k: copy.deepcopy(v[idle]) for k, v in state.items() if k not in ("seed", "rounded")},
+        )
         apart.step()
         together.step()
         if t in when:

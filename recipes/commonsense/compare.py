@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from recipes.commonsense import report, runner
+from recipes.commonsense import processes, report, runner
 from recipes.commonsense.runner import console
 from recipes.commonsense.settings import read_overrides
 
@@ -29,6 +29,8 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def main(words: list[str] | None = None) -> int:
+    if not processes.is_main():
+        return 0  # the main process starts each run on all of them
     arguments = parser(__doc__)
     arguments.add_argument("--seeds", type=lambda text: text.split(","), default=["42"], help="default: 42")
     options, overrides = arguments.parse_known_args(words)

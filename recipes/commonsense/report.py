@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from recipes import files
@@ -70,7 +71,7 @@ def write_report(source: Path, console: Console | None = None) -> None:
     for run in runs:
         if run["status"] != "ok":
             parts += [f"**{_name(run)} failed**: {run['error']}", ""]
-            console.print(f"[bold red]{_name(run)} failed[/]: {run['error']}")
+            console.print(f"[bold red]{_name(run)} failed[/]: {escape(run['error'])}")
     (folder / "report.md").write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
     console.print(f"Report: {folder / 'report.md'}")
 
@@ -138,18 +139,26 @@ def _describe(runs: list[dict[str, Any]]) -> list[str]:
     return [
         f"Model {first['all_settings']['model']}, {first['training_examples']:,} training examples, "
         f"{first['steps']:,} optimizer steps, seeds {seeds}.",
-        f"On {where['device']} ({where['cpu_threads']} CPU threads, {where['platform']}), {where['date'][:10]}, "
+        f"On {where['device']} ({_processes(runs)}{where['cpu_threads']} CPU threads, {where['platform']}), "
+        f"{where['date'][:10]}, "
         f"commit {where['commit'] or 'unknown'}; {versions}.",
         "",
     ]
 
 
+def _processes(runs: list[dict[str, Any]]) -> str:
+    """ "2 processes of ", or nothing if there was one, as in results that do not say how many there were."""
+    counts = sorted({run["provenance"].get("processes", 1) for run in runs})
+    return "" if counts == [1] else f"{'/'.join(map(str, counts))} processes of "
+
+
 def _cost_notes(runs: list[dict[str, Any]]) -> list[str]:
     memory = "allocated on the GPU" if runs[0]["peak_memory"]["of"] == "gpu" else "resident memory of the process"
+    of_which = " of the main process" if _processes(runs) else ""
     learned = "the whole text" if runs[0]["all_settings"]["train_on_inputs"] else "the response"
     return [
         "Optimizer state: bytes of its tensors, measured after training. "
-        f"Peak memory: {memory}, up to the end of training. "
+        f"Peak memory{of_which}: {memory}, up to the end of training. "
         "Tokens/s: without padding, in training steps alone. "
         f"Train loss: the last one logged, over {learned}. Validation loss: over the response. "
         "± is the standard deviation over seeds."

@@ -18,7 +18,7 @@ from typing import Any
 from rich.table import Table
 
 from recipes import files
-from recipes.commonsense import rundir, runner
+from recipes.commonsense import processes, rundir, runner
 from recipes.commonsense.compare import parser
 from recipes.commonsense.runner import console
 
@@ -26,6 +26,8 @@ MINIMISED = "eval_loss: mean loss of the response's tokens on the validation exa
 
 
 def main(words: list[str] | None = None) -> int:
+    if not processes.is_main():
+        return 0  # the main process starts each run on all of them
     arguments = parser(__doc__)
     arguments.add_argument("--values", required=True, help="learning_rate=1e-5,3e-5,1e-4")
     options, overrides = arguments.parse_known_args(words)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
+import os
 import sys
 import time
 import traceback
@@ -18,12 +20,15 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+import torch.distributed as dist
+import transformers
 from transformers import DataCollatorForSeq2Seq, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 import fira_hf  # registers optim="fira"
 from recipes import files, measure
-from recipes.commonsense import data, rundir
+from recipes.commonsense import data, processes, rundir
 from recipes.commonsense.dry_run import dry_run
 from recipes.commonsense.model import load_model, load_tokenizer, wrap
 from recipes.commonsense.scoring import score
@@ -53,14 +58,31 @@ def parse(settings: dict[str, Any]) -> tuple[RecipeArguments, TrainingArguments]
     training.label_names = ["labels"]  # a PEFT model hides the argument names from which the Trainer would find it
     training.dataloader_pin_memory = torch.cuda.is_available()
     training.restore_callback_states_from_checkpoint = True  # for StepTime
+    if training.ddp_find_unused_parameters is None:
+        training.ddp_find_unused_parameters = False  # all take part in each step; DDP warns that it found none
+    _share_batch(training)
     return arguments, training
+
+
+def _share_batch(training: TrainingArguments) -> None:
+    """Divide the experiment's batch among the processes: each takes fewer micro-batches, then smaller ones."""
+    size, count = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    if size * count % training.world_size:
+        raise ValueError(
+            f"per_device_train_batch_size {size} x gradient_accumulation_steps {count} is the batch of all processes "
+            f"together, and cannot be divided among {training.world_size}: start fewer, or change one of the two."
+        )
+    fewer = math.gcd(count, training.world_size)
+    training.gradient_accumulation_steps = count // fewer
+    training.per_device_train_batch_size = size * fewer // training.world_size
 
 
 def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, Any]:
     """Train and score; returns what the run found out."""
     questions = data.load_questions(arguments)
     train_records, validation_records = data.load_training(arguments)
-    tokenizer = load_tokenizer(arguments.model)
+    with training.main_process_first():  # the embedded model is converted once
+        tokenizer = load_tokenizer(arguments.model)
     encoded = data.encode_all(train_records, tokenizer, arguments.cutoff_len, arguments.train_on_inputs)
     # The validation loss is that of the response, however the training labels are chosen: methods and learning rates
     # are compared by it.
@@ -86,6 +108,8 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
     start = time.perf_counter()
     accuracy = score(trainer.model, tokenizer, questions, arguments)
     if arguments.keep_model:
+        if trainer.is_fsdp_enabled:  # the checkpoints are sharded, as which a model is not saved
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(str(Path(training.output_dir, "model")))
     return figures | {
         "scoring_seconds": time.perf_counter() - start,
@@ -136,11 +160,19 @@ def _history(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key in kept or key.startswith("fira_")}
 
 
+def _leave_progress_to_the_main_process() -> None:
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  to the end of the process
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def main(words: list[str] | None = None) -> int:
     words = sys.argv[1:] if words is None else words
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
         return 0
+    if not processes.is_main():
+        _leave_progress_to_the_main_process()
     try:
         experiment = Path(words[0])
         settings = load_settings(experiment, read_overrides(words[1:]))
@@ -156,21 +188,27 @@ def main(words: list[str] | None = None) -> int:
             print(f"{folder} is complete; delete it to run it again.")
             return 0
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if processes.is_first_of_node():
+            print(f"error: {error}", file=sys.stderr)
         return 2
 
-    files.write_json(folder / rundir.SETTINGS, settings)
+    with training.main_process_first(local=False):
+        if processes.is_main():
+            files.write_json(folder / rundir.SETTINGS, settings)
+            (folder / rundir.TRACEBACK).unlink(missing_ok=True)  # that of an earlier attempt
     recorded = {key: value for key, value in settings.items() if key != "output_dir"}
     provenance = measure.provenance(training.seed, ["python", "-m", "recipes.commonsense.train", *words])
     try:
         found = run(arguments, training)
     except Exception as error:  # whatever it is, it belongs into the record
-        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        rundir.write_failure(
-            folder, recorded, f"{type(error).__name__}: {error}", provenance=provenance, seed=training.seed
-        )
-        print(f"error: {error}\nThe traceback is in {folder / 'error.txt'}", file=sys.stderr)
+        if rundir.is_first_failure(folder, traceback.format_exc()):
+            rundir.write_failure(
+                folder, recorded, f"{type(error).__name__}: {error}", provenance=provenance, seed=training.seed
+            )
+            print(f"error: {error}\nThe traceback is in {folder / rundir.TRACEBACK}", file=sys.stderr)
         return 1
+    if not processes.is_main():
+        return 0
     full = {key: value for key, value in training.to_dict().items() if key not in _UNRECORDED}
     result = {
         "status": "ok",
@@ -187,4 +225,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == 0 and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(status)
