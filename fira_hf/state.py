@@ -136,6 +136,12 @@ class Matrix:
 def matrices_of(p: Any, states: Mapping[Any, dict[str, Any]], group: dict[str, Any]) -> list[Matrix]:
     """The matrices of a parameter, all with its one state, which is empty before the first of them begins."""
     state, split, transposed = states.get(p, {}), group["split"], group["transposed"]
+    if "basis" in state and "refresh_in" not in state:
+        # As ZeroRedundancyOptimizer.load_state_dict does it, unchecked, and with the scalars on the CPU.
+        raise RuntimeError(
+            "The state of FiraAdamW was loaded past its load_state_dict. With ZeroRedundancyOptimizer, let each "
+            "process save optimizer.optim.state_dict() and load it by optimizer.optim.load_state_dict()."
+        )
     shards = shards_of(p, split, transposed)
     weight, grad = local(p.detach()), local(p.grad)
     if shards is not None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -69,11 +70,13 @@ def _commit() -> str | None:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in the optimizer's state, those inside GaLore's projector objects included."""
+    """Bytes of all tensors in the optimizer's state in this process, those in GaLore's projector objects included."""
     return _tensor_bytes(list(optimizer.state.values()))
 
 
 def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, DTensor):
+        value = value.to_local()
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, dict):

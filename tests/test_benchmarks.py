@@ -1,16 +1,22 @@
 """The benchmark scripts at a tiny size: what they measure, what they write, what they refuse. No timing is judged."""
 
 import json
+import re
 import statistics
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from fira_hf import FiraAdamW
+from conftest import build_llama
+from fira_hf import FiraAdamW, FiraConfig
+from fira_hf.memory import estimate_memory
+from fira_hf.targets import find_targets
 from recipes import files
-from recipes.benchmarks import basis, memory, quality, report, step, train
+from recipes.benchmarks import basis, distributed, layerwise, memory, quality, report, scaling, step, train
 from recipes.benchmarks.models import SIZES, matrices
 from recipes.benchmarks.optimizers import BUILDERS, build
 
@@ -185,18 +191,136 @@ def test_train_measures_whole_steps(tmp_path):
     assert all(row["tokens_per_second"] > 0 for row in found.values())
 
 
-def test_the_page_of_benchmarks_is_what_its_json_says(tmp_path):
+# Tall, wide and square; what three processes hold of a side is uneven, and of 161 rows two do.
+SHAPES = [(100, 100), (161, 96), (96, 161), (80, 161)]
+RANK = 8
+
+
+def uneven_matrices():
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+    for p in weights:
+        p.grad = torch.randn(p.shape, generator=generator)
+    return weights
+
+
+def count_both():
+    """What `distributed` counts of these matrices, split over the processes and replicated."""
+    split = {name: distributed.count_sharded(name, uneven_matrices(), RANK) for name in ("fira_hf", "fira")}
+    return split | {"replicas": distributed.share_refresh(uneven_matrices(), RANK, {}, 1)}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_what_scales_on_paper_is_what_is_counted(processes):
+    """Bytes, state and products of several processes: equal to the formulas, to the last one."""
+    found = distributed.launch(processes, count_both)
+    ours, replicas = found["fira_hf"], found["replicas"]
+
+    def paper(formula, **settings):
+        return sum(formula(*shape, RANK, processes, **settings) for shape in SHAPES)
+
+    ordinary, refresh = ours["ordinary"], ours["refresh"]
+    assert ordinary["bytes"] == paper(scaling.step_bytes)
+    assert refresh["bytes"] - ordinary["bytes"] == paper(scaling.refresh_bytes)
+    assert ordinary["sent"] == ordinary["bytes"] * (processes - 1) // processes
+    assert refresh["flops"] - ordinary["flops"] == pytest.approx(paper(scaling.refresh_flops))
+    assert ours["state_bytes"] == paper(scaling.state_bytes)
+    assert sum(replicas["flops"]) / processes == pytest.approx(paper(scaling.refresh_flops, replicas=True))
+    assert sum(replicas["bases"]) == len(SHAPES) and len(replicas["seconds"]) == 1
+    assert sum(replicas["elements"]) == sum(rows * columns for rows, columns in SHAPES)
+    # The published package, by generic dispatch: of a wide matrix the whole residual goes over the network at each
+    # step, and for its SVD every gradient.
+    theirs = found["fira"]
+    assert theirs["ordinary"]["bytes"] >= 4 * (96 + 80) * 161
+    assert theirs["refresh"]["bytes"] - theirs["ordinary"]["bytes"] >= 4 * sum(
+        rows * columns for rows, columns in SHAPES
+    )
+
+
+def test_distributed_writes_what_it_counted(tmp_path, capsys):
+    path = tmp_path / "sharded.json"
+    words = ["bytes", "--size", "tiny", "--layers", "1", "--processes", "2", "--output", str(path)]
+    assert distributed.main(words) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["name"] for row in rows] == list(distributed.SHARDED)
+    assert rows[-1]["ordinary"]["bytes"] == 0  # AdamW
+    assert distributed.main(["refresh", "--size", "tiny", "--processes", "1", "--output", str(path)]) == 0
+    content = json.loads(path.read_text())
+    assert [(row["projection"], row["bases"]) for row in content["rows"]] == [("power", [14]), ("svd", [14])]
+    assert "| svd | 1 | 14 | 1.000 |" in report.refresh_table(content)
+
+
+def test_a_gathered_tensor_counts_whole_and_an_all_reduce_twice():
+    assert distributed.launch(2, count_by_hand) == [3, 4 * (10 + 2 * 6 + 10), 2 * (10 + 2 * 6 + 10)]
+
+
+def count_by_hand():
+    five, six = torch.ones(5), torch.ones(6)
+    split = distribute_tensor(torch.ones(10), init_device_mesh("cpu", (2,)), [Shard(0)])
+    with distributed.Collectives() as collectives:
+        torch.distributed.all_gather([torch.empty(5), torch.empty(5)], five)
+        torch.distributed.all_reduce(six)
+        split.full_tensor()
+    return [collectives.calls, collectives.bytes, collectives.sent]
+
+
+def test_the_state_of_a_device_shrinks_to_the_bases():
+    """A LLaMA of grouped heads, with its embeddings: many devices keep of the projected matrices little but bases."""
+    config = FiraConfig(rank=4)
+    with torch.device("meta"):
+        model = build_llama()
+    one, many = (scaling.cost(model, config, devices) for devices in (1, 1000))
+    assert one["state_bytes"] == find_targets(model, config).state_bytes
+    assert one["adamw_bytes"] == estimate_memory(model, None).optimizer_state
+    assert one["ordinary_sent"] == one["refresh_sent"] == one["fsdp_sent"] == 0
+    assert one["refresh_flops"] == one["replica_refresh_flops"]
+    moments = 14 * 2 * 4 * 4  # one row each
+    dense = 2 * (2 * 32 + 2 * 32) * 4 + 5 * 2 * 4
+    assert many["state_bytes"] - many["basis_bytes"] <= moments + dense + 40 * 4
+
+
+def test_layerwise_measures_a_training_step(tmp_path):
+    path = tmp_path / "layerwise.json"
+    words = ["--size", "tiny", "--vocab_size", "64", "--sequence_length", "8", "--device", "cpu"]
+    assert layerwise.main([*words, "--output", str(path)]) == 0
+    found = json.loads(path.read_text())["bytes"]
+    ordinary, inside = found["fira"], found["fira_layerwise"]
+    assert ordinary["state_bytes"] == inside["state_bytes"] < found["adamw"]["state_bytes"]
+    assert inside["peak_bytes"] < ordinary["peak_bytes"] - ordinary["weight_bytes"] / 2
+
+
+def pages():
+    return {path: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_the_pages_are_what_their_json_says(tmp_path):
     """Each table between its marks is made from the committed JSON, and nothing is out of date."""
-    page = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
     folder = tmp_path / "benchmarks"
     folder.mkdir()
     for path in (ROOT / "docs/benchmarks").glob("*.json"):
         (folder / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "benchmarks.md").write_text(page, encoding="utf-8")
+    for path, page in pages().items():
+        (tmp_path / path.name).write_text(page, encoding="utf-8")
     assert report.main([str(folder)]) == 0
-    assert (tmp_path / "benchmarks.md").read_text(encoding="utf-8") == page
-    marked = {match[2] for match in report.MARKED.finditer(page)}
+    for path, page in pages().items():
+        assert (tmp_path / path.name).read_text(encoding="utf-8") == page
+    marked = {match[2] for page in pages().values() for match in report.MARKED.finditer(page)}
     assert marked == {path.stem for path in (ROOT / "docs/benchmarks").glob("*.json")}
+
+
+def test_the_trainer_page_quotes_the_layerwise_peak():
+    found = files.read_json(ROOT / "docs/benchmarks/layerwise-60m.json")["bytes"]
+    page = (ROOT / "docs/trainer.md").read_text(encoding="utf-8")
+    words = r'needs (\S+) MiB beyond .*?takes (\S+); with `optim="fira"` it needs (\S+) MiB'
+    quoted = re.search(words, page, re.DOTALL)
+    inside, ordinary = found["fira_layerwise"], found["fira"]
+    sizes = (inside["peak_bytes"], inside["largest_gradient_bytes"], ordinary["peak_bytes"])
+    assert quoted.groups() == tuple(f"{size / 2**20:.1f}" for size in sizes)
+
+
+def test_the_committed_scaling_is_that_of_the_formulas():
+    committed = files.read_json(ROOT / "docs/benchmarks/scaling.json")["rows"]
+    assert committed == scaling.run([8, 16, 32, 64])
 
 
 def test_a_table_without_its_file_is_an_error(tmp_path, capsys):

@@ -134,3 +134,92 @@ def test_replicas_share_the_refreshes_and_stay_equal(tmp_path, processes, refres
         assert max(found["counts"]) == 3 * 14
     else:
         assert total <= 5 * 15
+
+
+ZERO = """
+import copy
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parameters_to_vector
+
+from fira_hf import FiraAdamW, FiraConfig, get_fira_optimizer
+
+ROWS = 12
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+
+def build():
+    torch.manual_seed(0)
+    widths = [(96, 160), (160, 96), (96, 96), (96, 80), (80, 8)]
+    layers = [layer for a, b in widths for layer in (torch.nn.Linear(a, b), torch.nn.Tanh())]
+    return DistributedDataParallel(torch.nn.Sequential(*layers[:-1]))
+
+def split(model):
+    return ZeroRedundancyOptimizer(prepare(model).param_groups, FiraAdamW)
+
+def prepare(model):
+    # by SVD: the other projections draw from seeds that depend on a weight's place in its optimizer
+    settings = {"projection": "svd", "refresh": "together", "rank": 8, "update_proj_gap": 15}
+    return get_fira_optimizer(model, FiraConfig(**settings, weight_decay=0.1, lr=1e-3))
+
+def train(model, optimizer, first, last):
+    for step in range(first, last):
+        batch = torch.randn(ROWS, 104, generator=torch.Generator().manual_seed(step))
+        inputs, targets = batch[rank * ROWS // world : (rank + 1) * ROWS // world].split((96, 8), dim=1)
+        torch.nn.functional.mse_loss(model(inputs), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return parameters_to_vector(model.parameters()).detach().clone()
+
+def size(optimizer):
+    tensors = [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
+    return sum(x.numel() for x in tensors)
+
+model = build()
+plain = prepare(model)
+weights = train(model, plain, 0, 40)
+
+model = build()
+optimizer = split(model)
+train(model, optimizer, 0, 20)
+halfway, own = copy.deepcopy(model.state_dict()), optimizer.optim.state_dict()
+optimizer.consolidate_state_dict(0)
+whole = [optimizer.state_dict() if rank == 0 else None]
+dist.broadcast_object_list(whole)
+torch.save(own, f"{sys.argv[1]}-{rank}")
+found = {"weights": weights, "split": train(model, optimizer, 20, 40)}
+
+model = build()
+model.load_state_dict(halfway)
+optimizer = split(model)
+optimizer.optim.load_state_dict(torch.load(f"{sys.argv[1]}-{rank}"))
+found["resumed"] = train(model, optimizer, 20, 40)
+try:
+    optimizer = split(model)
+    optimizer.load_state_dict(whole[0])
+    train(model, optimizer, 20, 21)
+except RuntimeError as error:
+    found["error"] = str(error)
+sizes = [None] * world
+dist.all_gather_object(sizes, size(optimizer.optim))
+if rank == 0:
+    torch.save(found | {"sizes": sizes, "size": size(plain)}, sys.argv[1])
+dist.barrier()  # none goes while another still talks to it
+dist.destroy_process_group()
+"""
+
+
+def test_torchs_zero_redundancy_optimizer_splits_the_state(tmp_path):
+    """The weights of plain DDP, about half the state each; resumes from each process's own state. What torch itself
+    loads, it puts in place past our load_state_dict: an error, and not other weights."""
+    launch(ZERO, tmp_path, 2, str(tmp_path / "found.pt"))
+    found = torch.load(tmp_path / "found.pt", weights_only=False)
+    assert sum(found["sizes"]) == found["size"]
+    assert max(found["sizes"]) <= 0.6 * found["size"]
+    assert (found["split"] - found["weights"]).norm() <= 1e-6 * found["weights"].norm()
+    assert torch.equal(found["resumed"], found["split"])
+    assert "optimizer.optim.load_state_dict" in found["error"]

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parameters_to_vector
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
@@ -85,6 +86,8 @@ class Sent(TorchDispatchMode):
     \"\"\"Largest tensor that a collective was given, and how many there were.\"\"\"
     largest = count = 0
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what generic dispatch sends comes by here
         if "c10d" in function.namespace:
             tensors = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
             self.largest = max([self.largest, *(x.numel() for x in tensors)])

@@ -1,8 +1,8 @@
-"""Write the tables and pictures of docs/benchmarks.md from the JSON files beside it.
+"""Write the tables and pictures of the pages in docs/ from the JSON files in docs/benchmarks/.
 
     python -m recipes.benchmarks.report [docs/benchmarks]
 
-The page's words are written by hand. Between `<!-- table: FILE -->` and `<!-- end -->` this puts the table of
+The words of a page are written by hand. Between `<!-- table: FILE -->` and `<!-- end -->` this puts the table of
 docs/benchmarks/FILE.json with its provenance; quality.json also becomes quality.png. A quality.json is gathered from
 the runs of `recipes.benchmarks.quality` by --gather FOLDER.
 """
@@ -114,6 +114,68 @@ def train_table(content: dict[str, Any]) -> str:
     return markdown(header, rows)
 
 
+def bytes_table(content: dict[str, Any]) -> str:
+    rows = []
+    for row in content["rows"]:
+        name = [row["name"], str(row["processes"])]
+        if "error" in row:
+            rows.append([*name, f"fails: {row['error'][:80]}", "", "", ""])
+            continue
+        kinds = [row[kind] for kind in ("ordinary", "refresh")]
+        sizes = (*(kind["sent"] for kind in kinds), row["state_bytes"])
+        calls = ", ".join(str(kind["calls"]) for kind in kinds)
+        rows.append([*name, *(f"{size / 2**20:,.2f}" for size in sizes), calls])
+    header = ["", "processes", "ordinary step, MiB sent", "refresh step, MiB sent", "state of a process, MiB"]
+    return markdown([*header, "collectives in them"], rows)
+
+
+def refresh_table(content: dict[str, Any]) -> str:
+    alone = {row["projection"]: row for row in content["rows"] if row["processes"] == 1}
+    rows = []
+    for row in content["rows"]:
+        one = alone[row["projection"]]
+        cells = [", ".join(map(str, row["bases"])), f"{max(row['elements']) / sum(row['elements']):.3f}"]
+        # Only those of products are counted, and an SVD has none.
+        cells.append(f"{max(row['flops']) / one['flops'][0]:.2f}" if row["projection"] == "power" else "")
+        timed = row["median"] is not None
+        cells += [f"{1000 * row['median']:,.0f}", f"{row['median'] / one['median']:.2f}"] if timed else ["", ""]
+        rows.append([row["projection"], str(row["processes"]), *cells])
+    header = [
+        "",
+        "processes",
+        "bases found by each",
+        "busiest: share of the matrices",
+        "its operations, of one process's",
+    ]
+    return markdown([*header, "ms", "of one process's"], rows)
+
+
+def scaling_table(content: dict[str, Any]) -> str:
+    traffic, rest = [], []
+    for row in content["rows"]:
+        name = [row["model"], str(row["devices"])]
+        keys = ("ordinary_sent", "refresh_sent", "average_sent", "gradients_sent", "fsdp_sent")
+        share = f"{row['average_sent'] / row['fsdp_sent']:.1%}"
+        traffic.append([*name, *(f"{row[key] / 1e9:,.2f}" for key in keys), share])
+        sizes = [f"{row[key] / 1e9:,.2f}" for key in ("state_bytes", "basis_bytes", "adamw_bytes")]
+        work = [f"{row[key] / 1e12:,.2f}" for key in ("refresh_flops", "replica_refresh_flops")]
+        rest.append([*name, *sizes, *work])
+    header = ["GB sent by a device", "devices", "ordinary step", "refresh of all bases", "average step"]
+    header += ["gathering all gradients", "FSDP2 itself", "average, of FSDP2"]
+    others = ["on a device", "devices", "state, GB", "of it bases, GB", "AdamW's state, GB"]
+    others += ["refresh of all bases, TFLOP", "the same under DDP, TFLOP"]
+    return f"{markdown(header, traffic)}\n\n{markdown(others, rest)}"
+
+
+def layerwise_table(content: dict[str, Any]) -> str:
+    rows = []
+    for name, row in content["bytes"].items():
+        keys = ("weight_bytes", "state_bytes", "peak_bytes")
+        sizes = [row[key] for key in keys]
+        rows.append([name, *(f"{size / 2**20:,.1f}" for size in (*sizes, sum(sizes)))])
+    return markdown(["MiB", "weights", "state", "peak of a training step beyond both", "together"], rows)
+
+
 def best_runs(content: dict[str, Any]) -> dict[str, dict[float, list[dict[str, Any]]]]:
     """variant -> learning rate -> runs, in the order of the mean perplexity of the best learning rate."""
     variants: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
@@ -165,6 +227,10 @@ TABLES = {
     "basis": basis_table,
     "train": train_table,
     "quality": quality_table,
+    "sharded": bytes_table,
+    "refresh": refresh_table,
+    "scaling": scaling_table,
+    "layerwise": layerwise_table,
 }
 
 
@@ -179,18 +245,18 @@ def origin(content: dict[str, Any]) -> str:
 
 
 def write_report(folder: Path) -> None:
-    page = folder.with_suffix(".md")
+    for page in sorted(folder.parent.glob("*.md")):
 
-    def table(match: re.Match[str]) -> str:
-        content = files.read_json(folder / f"{match[2]}.json")
-        if content is None:
-            raise ValueError(f"{page} wants {folder / match[2]}.json, which is not there.")
-        kind = match[2].partition("-")[0]
-        if kind == "quality":
-            plot_quality(content, folder / f"{match[2]}.png")
-        return f"{match[1]}\n{TABLES[kind](content)}\n\n{origin(content)}\n\n{match[3]}"
+        def table(match: re.Match[str], page: Path = page) -> str:
+            content = files.read_json(folder / f"{match[2]}.json")
+            if content is None:
+                raise ValueError(f"{page} wants {folder / match[2]}.json, which is not there.")
+            kind = match[2].partition("-")[0]
+            if kind == "quality":
+                plot_quality(content, folder / f"{match[2]}.png")
+            return f"{match[1]}\n{TABLES[kind](content)}\n\n{origin(content)}\n\n{match[3]}"
 
-    page.write_text(MARKED.sub(table, page.read_text(encoding="utf-8")), encoding="utf-8")
+        page.write_text(MARKED.sub(table, page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def main(words: list[str] | None = None) -> int:

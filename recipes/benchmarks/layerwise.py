@@ -1,0 +1,81 @@
+"""Peak memory of a whole training step in which each weight is stepped inside backward, beside an ordinary one.
+
+    python -m recipes.benchmarks.layerwise [--size 60m] [--sequence_length 256] [--output FILE]
+
+Forward with gradient checkpointing, backward and step of a LLaMA of random weights on random tokens. Counted: every
+allocation of one step, when weights and state are there. Writes JSON with --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from fira_hf import FiraConfig, get_fira_optimizer
+from fira_hf.layerwise import step_in_backward
+from recipes import measure
+from recipes.benchmarks.memory import peak_bytes
+from recipes.benchmarks.models import SIZES
+from recipes.benchmarks.options import parser as command_line
+from recipes.benchmarks.options import write
+from recipes.benchmarks.train import build_model
+
+METHODS = ("adamw", "fira", "fira_layerwise")
+
+
+def run_once(method: str, options: argparse.Namespace) -> dict[str, Any]:
+    model = build_model(options, False, options.device)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    optimizer: torch.optim.Optimizer
+    if method == "adamw":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    else:
+        rank = options.rank or SIZES[options.size].rank
+        optimizer = fira = get_fira_optimizer(model, FiraConfig(rank=rank))
+        if method == "fira_layerwise":
+            step_in_backward(fira)
+    shape = (options.batch_size, options.sequence_length)
+    tokens = torch.randint(0, options.vocab_size, shape, device=options.device)
+
+    def step() -> None:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(), step()  # the state; buffers that are made once
+    gc.collect()
+    sizes = [p.numel() * p.element_size() for p in model.parameters()]
+    return {
+        "weight_bytes": sum(sizes),
+        "state_bytes": measure.state_bytes(optimizer),
+        "peak_bytes": peak_bytes(step),
+        "largest_gradient_bytes": max(sizes),
+    }
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = command_line(__doc__)
+    parser.add_argument("--vocab_size", type=int, default=32000)
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--sequence_length", type=int, default=256)
+    options = parser.parse_args(words)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    found = {method: run_once(method, options) for method in METHODS}
+    table = Table("bytes", "weights", "state", "peak of a step beyond both")
+    for method, row in found.items():
+        table.add_row(method, *(f"{row[key]:,}" for key in ("weight_bytes", "state_bytes", "peak_bytes")))
+    Console().print(table)
+    write("layerwise", words, options, bytes=found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
