@@ -235,6 +235,14 @@ def test_a_batch_that_cannot_be_divided_is_refused():
         train._share_batch(training)
 
 
+def test_accelerate_cannot_change_the_number_format_of_an_experiment(preset, monkeypatch, tmp_path):
+    settings = train.load_settings(preset / "lora.yaml", {"output_dir": str(tmp_path)})
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="mixed_precision is 'bf16' in accelerate's configuration, but 'no' in the"):
+        train.parse(settings)
+    train.parse(settings | {"bf16": True})
+
+
 @pytest.mark.parametrize("module", [compare, search])
 def test_only_the_main_process_starts_runs_and_only_on_one_node(module, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("nothing may run"))
