@@ -31,7 +31,7 @@ WORDS = ["--num_train_epochs", "5", "--per_device_train_batch_size", "2", "--gra
 
 @pytest.fixture(scope="module")
 def preset(tmp_path_factory) -> Path:
-    """Does not say use_cpu: where there is no GPU, as the tests see to, several processes have to know by themselves."""
+    """Without use_cpu: several processes have to know by themselves that there is no GPU, which the tests see to."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny = write_preset(folder / "tiny", write_model(folder / "model"), write_data(folder / "data", test=5))
     base = tiny / "base.yaml"
@@ -253,9 +253,7 @@ def test_accelerate_cannot_change_the_number_format_of_an_experiment(preset, mon
 def test_processes_that_would_train_by_themselves_are_refused(preset, monkeypatch, tmp_path):
     settings = train.load_settings(preset / "lora.yaml", {"output_dir": str(tmp_path)})
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(
-        ValueError, match="2 processes were started, but each would train by itself on cpu: set use_cpu"
-    ):
+    with pytest.raises(ValueError, match="2 processes were started, but each would train by itself on"):
         train.parse(settings | {"use_cpu": False})
 
 
