@@ -6,6 +6,10 @@ import os
 import sys
 
 
+def count() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_main() -> bool:
     """Whether this process writes the files and says what happens: the first of all, or the only one."""
     return os.environ.get("RANK", "0") == "0"

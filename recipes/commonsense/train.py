@@ -47,6 +47,9 @@ def parse(settings: dict[str, Any]) -> tuple[RecipeArguments, TrainingArguments]
         if key not in known:
             near = ", ".join(difflib.get_close_matches(key, known)) or "see settings.py and TrainingArguments"
             raise ValueError(f"There is no setting {key!r}; near it: {near}.")
+    if processes.count() > 1 and not torch.accelerator.is_available():
+        # Unless it is said, accelerate overlooks the other processes, and each would train by itself.
+        settings = {"use_cpu": True} | settings
     parser = HfArgumentParser((RecipeArguments, TrainingArguments), allow_abbrev=False, exit_on_error=False)
     try:
         arguments, training = parser.parse_args_into_dataclasses(to_argv(settings), look_for_args_file=False)
@@ -60,12 +63,32 @@ def parse(settings: dict[str, Any]) -> tuple[RecipeArguments, TrainingArguments]
     training.restore_callback_states_from_checkpoint = True  # for StepTime
     if training.ddp_find_unused_parameters is None:
         training.ddp_find_unused_parameters = False  # all take part in each step; DDP warns that it found none
+    if training.world_size != processes.count():
+        raise ValueError(
+            f"{processes.count()} processes were started, but each would train by itself on {training.device.type}: "
+            "set use_cpu to true, or start one."
+        )
+    _check_precision(training)
     _share_batch(training)
     return arguments, training
 
 
+def _check_precision(training: TrainingArguments) -> None:
+    """Raises ValueError where accelerate's configuration would change the number format of the experiment."""
+    chosen = "fp16" if training.fp16 else "bf16" if training.bf16 else "no"
+    configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if configured not in ("no", chosen):
+        raise ValueError(
+            f"mixed_precision is {configured!r} in accelerate's configuration, but {chosen!r} in the experiment: set "
+            'it to "no" there, and fp16 or bf16 in the experiment.'
+        )
+
+
 def _share_batch(training: TrainingArguments) -> None:
-    """Divide the experiment's batch among the processes: each takes fewer micro-batches, then smaller ones."""
+    """Divide the experiment's batch among the processes: each takes fewer micro-batches, then smaller ones.
+
+    Raises ValueError if it cannot be divided.
+    """
     size, count = training.per_device_train_batch_size, training.gradient_accumulation_steps
     if size * count % training.world_size:
         raise ValueError(
