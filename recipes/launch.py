@@ -75,7 +75,7 @@ def checkpoint(folder: Path) -> str | None:
 
 
 def _history(entry: dict[str, Any]) -> dict[str, Any]:
-    kept = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
+    kept = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm", "num_input_tokens_seen")
     return {key: value for key, value in entry.items() if key in kept or key.startswith("fira_")}
 
 
@@ -85,7 +85,7 @@ def main(
     words: list[str] | None,
     parse: Callable[[dict[str, Any]], tuple[Any, TrainingArguments]],
     run: Callable[[Any, TrainingArguments], dict[str, Any]],
-    dry_run: Callable[[Any, TrainingArguments], None],
+    dry_run: Callable[[Any, TrainingArguments], None] | None = None,
 ) -> int:
     """One run of a recipe: `run` trains and returns what it found, which is written with settings and provenance."""
     words = sys.argv[1:] if words is None else words
@@ -96,7 +96,7 @@ def main(
         experiment = Path(words[0])
         settings = load_settings(recipe, experiment, read_overrides(words[1:]))
         settings.setdefault("output_dir", str(Path("runs", experiment.parent.name, experiment.stem)))
-        if settings.pop("dry_run", False):
+        if dry_run is not None and settings.pop("dry_run", False):
             # Nothing is computed, so neither the device nor its number formats have to be at hand.
             arguments, training = parse(settings | {"use_cpu": True, "fp16": False, "bf16": False})
             dry_run(arguments, training)

@@ -15,18 +15,34 @@ COLOURS = {
     "fira-full": "#D55E00",
     "adamw-full": "#009E73",
     "galore-full": "#CC79A7",
+    "adamw": "#009E73",
+    "fira": "#D55E00",
+    "galore": "#CC79A7",
+    "apollo": "#000000",
+    "relora": "#56B4E9",
 }
-MARKERS = {"lora": "o", "fira-on-lora": "s", "fira-full": "D", "adamw-full": "^", "galore-full": "v"}
+MARKERS = {
+    "lora": "o",
+    "fira-on-lora": "s",
+    "fira-full": "D",
+    "adamw-full": "^",
+    "galore-full": "v",
+    "adamw": "^",
+    "fira": "D",
+    "galore": "v",
+    "apollo": "s",
+    "relora": "P",
+}
 
 
-def plot_losses(runs: list[dict[str, Any]], path: Path, panels: list[tuple[str, str, str]]) -> None:
+def plot_losses(runs: list[dict[str, Any]], path: Path, panels: list[tuple[str, str, str, str]]) -> None:
     """Curves by optimizer step; one line a run, one colour a method.
 
-    panels: for each the figure in the history of a run, the title, and the label of its axis.
+    panels: for each the figure in the history of a run, the title, the label and the scale of its axis.
     """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels))
-    for axis, (key, title, label) in zip(axes, panels, strict=True):
+    for axis, (key, title, label, scale) in zip(axes, panels, strict=True):
         for run in runs:
             points = [(entry["step"], entry[key]) for entry in run["history"] if key in entry]
             if not points:
@@ -36,7 +52,7 @@ def plot_losses(runs: list[dict[str, Any]], path: Path, panels: list[tuple[str, 
             axis.plot(
                 *zip(*points, strict=True), color=COLOURS[method], marker=MARKERS[method], markersize=3.5, label=name
             )
-        axis.set(title=title, xlabel="optimizer step", ylabel=label)
+        axis.set(title=title, xlabel="optimizer step", ylabel=label, yscale=scale)
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axis.lines:

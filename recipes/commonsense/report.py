@@ -28,8 +28,8 @@ COSTS: list[report.Column] = [
     ("validation loss", lambda run: run["eval_loss"], "{:.3f}".format, True),
 ]
 PANELS = [
-    ("loss", "training loss", "loss (nats a token)"),
-    ("eval_loss", "validation loss (response only)", "loss (nats a token)"),
+    ("loss", "training loss", "loss (nats a token)", "linear"),
+    ("eval_loss", "validation loss (response only)", "loss (nats a token)", "linear"),
 ]
 
 
