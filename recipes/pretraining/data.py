@@ -61,10 +61,13 @@ def load(
 
 def read(data_dir: str, split: str) -> list[str]:
     """The texts of a split, "train" or "valid"."""
-    if data_dir == EMBEDDED:  # Python's own manual, which it carries for help(); every tenth topic for validation
-        names = sorted(topics)
-        valid = names[::10]
-        return [topics[name] for name in names if (name in valid) == (split == "valid")]
+    if data_dir == EMBEDDED:
+        # Python's own manual, which it carries for help(). Topics share whole sections, so the paragraphs are made
+        # unique before every tenth is set aside.
+        texts = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
+        paragraphs = dict.fromkeys(text.strip("\n") for text in texts)
+        chosen = [text for number, text in enumerate(paragraphs) if (number % 10 == 0) == (split == "valid")]
+        return ["\n\n".join(chosen)]
     found = [path for kind in ("txt", "jsonl") if (path := Path(data_dir, f"{split}.{kind}")).is_file()]
     if not found:
         raise FileNotFoundError(
