@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*).*?\n(?P<body>.*?)^ *```\s*?$", re.MULTILINE | re.DOTALL)
 REASON = re.compile(r"<!-- not run: (.+?) -->\s*\Z")
-RECIPES = {"recipes.commonsense"}  # what they train is said by experiments
+RECIPES = {"recipes.commonsense", "recipes.pretraining"}  # what they train is said by experiments
 OTHERS = {"cd", "git", "ls", "pre-commit", "pytest", "python", "ruff"}  # only the files they name are checked
 
 
