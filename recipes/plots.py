@@ -42,6 +42,7 @@ def plot_losses(runs: list[dict[str, Any]], path: Path, panels: list[tuple[str, 
     """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels))
+    others = [method for method in dict.fromkeys(run["method"] for run in runs) if method not in COLOURS]
     for axis, (key, title, label, scale) in zip(axes, panels, strict=True):
         for run in runs:
             points = [(entry["step"], entry[key]) for entry in run["history"] if key in entry]
@@ -49,9 +50,9 @@ def plot_losses(runs: list[dict[str, Any]], path: Path, panels: list[tuple[str, 
                 continue
             method = run["method"]
             name = method if method not in axis.get_legend_handles_labels()[1] else None
-            axis.plot(
-                *zip(*points, strict=True), color=COLOURS[method], marker=MARKERS[method], markersize=3.5, label=name
-            )
+            colour = COLOURS.get(method) or f"C{others.index(method)}"
+            marker = MARKERS.get(method, "o")
+            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3.5, label=name)
         axis.set(title=title, xlabel="optimizer step", ylabel=label, yscale=scale)
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

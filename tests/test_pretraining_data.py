@@ -9,6 +9,7 @@ import datasets
 import pytest
 import torch
 
+from fira_hf.trainer import parse_optim_args
 from pretraining_tiny import sentences, write_config, write_preset, write_text
 from recipes import files
 from recipes.pretraining import data, train
@@ -209,10 +210,41 @@ def test_every_experiment_is_valid_and_says_how_to_launch_it(path):
     )
 
 
-def test_every_size_has_every_method():
-    assert {path.parent.name for path in EXPERIMENTS} == {"tiny", "60m", "130m", "350m", "1b", "7b"}
+def test_every_size_has_every_method_and_the_ablation_every_variant():
+    sizes = {"tiny", "60m", "130m", "350m", "1b", "7b"}
+    ablations = {"ablation-60m", "ablation-tiny"}
+    assert {path.parent.name for path in EXPERIMENTS} == sizes | ablations
+    variants = {method for method in METHODS if method.startswith("fira")}
     for folder in {path.parent for path in EXPERIMENTS}:
-        assert {path.stem for path in folder.glob("*.yaml")} == {*METHODS, "base"}
+        found = {path.stem for path in folder.glob("*.yaml")}
+        assert found == (variants if folder.name in ablations else {*METHODS, "base"} - variants | {"fira"})
+
+
+# What the trained settings of a variant are, where they differ from Fira's.
+VARIANTS = {
+    "fira": {},
+    "fira-matrix": {"scaling": "matrix"},
+    "fira-without-scaling": {"scaling": "none"},
+    "fira-without-limiter": {"gamma": None},
+    "fira-clipping": {"gamma": None, "max_grad_norm": 1.0},
+    "fira-gamma-1.1": {"gamma": 1.1},
+    "fira-gamma-1.001": {"gamma": 1.001},
+    "fira-gamma-1": {"gamma": 1.0},
+}
+
+
+@pytest.mark.parametrize("method", VARIANTS)
+@pytest.mark.parametrize("size", ["60m", "tiny"])
+def test_a_variant_differs_from_fira_in_what_it_is_named_after(size, method):
+    def trained(path: Path) -> dict:
+        _, training = train.parse(load_settings(RECIPE, path, {}) | {"use_cpu": True, "output_dir": "out"})
+        return training.to_dict() | parse_optim_args(training.optim_args)
+
+    fira = trained(RECIPE.experiments / size / "fira.yaml")
+    variant = trained(RECIPE.experiments / f"ablation-{size}" / f"{method}.yaml")
+    changed = {key: value for key, value in variant.items() if fira.get(key, ...) != value}
+    changed.pop("optim_args", None)
+    assert changed == VARIANTS[method]
 
 
 # Parameters, then Fira's learning rate, alpha, rank and interval, then steps and warm-up, all as published.

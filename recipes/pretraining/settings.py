@@ -10,13 +10,23 @@ from recipes.settings import Method, Recipe, one_of
 EMBEDDED = "embedded"
 C4 = "c4"
 
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+FIRA = Method(lora=False, optimizers=("fira", "fira_layerwise"))
 METHODS = {
-    "adamw": Method(lora=False, optimizers=("adamw_torch", "adamw_torch_fused")),
-    "fira": Method(lora=False, optimizers=("fira", "fira_layerwise")),
+    "adamw": Method(lora=False, optimizers=ADAMW),
+    "fira": FIRA,
     "galore": Method(lora=False, optimizers=("galore_adamw",)),
     "apollo": Method(lora=False, optimizers=("apollo_adamw",)),
-    "lora": Method(lora=True, optimizers=("adamw_torch", "adamw_torch_fused")),
-    "relora": Method(lora=True, optimizers=("adamw_torch", "adamw_torch_fused")),
+    "lora": Method(lora=True, optimizers=ADAMW),
+    "relora": Method(lora=True, optimizers=ADAMW),
+    # The paper's ablation: what each is lies in optim_args and max_grad_norm of its experiment.
+    "fira-matrix": FIRA,
+    "fira-without-scaling": FIRA,
+    "fira-without-limiter": FIRA,
+    "fira-clipping": FIRA,
+    "fira-gamma-1.1": FIRA,
+    "fira-gamma-1.001": FIRA,
+    "fira-gamma-1": FIRA,
 }
 RECIPE = Recipe(
     package="recipes.pretraining",

@@ -44,7 +44,7 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
     parameters = model.num_parameters()
     lora = add_lora(model, arguments) if METHODS[arguments.method].lora else None
     callbacks: list[TrainerCallback] = [measure.StepTime()]
-    if arguments.method == "fira":
+    if training.optim.startswith("fira"):
         callbacks.append(fira_hf.FiraCallback())
     if arguments.method == "relora":
         callbacks.append(Restarts(arguments.relora_interval, arguments.relora_warmup))
