@@ -139,6 +139,23 @@ def test_relora_restarts_at_its_interval(preset, tmp_path, monkeypatch):
     assert min(entry["learning_rate"] for entry in result["history"] if "learning_rate" in entry) == 0.005
 
 
+def test_every_process_draws_the_same_adapters():
+    """Whatever else has drawn random numbers there; and the restart takes none from them."""
+    drawn, following = [], []
+    for seed in (1, 2):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+        add_lora(model, RecipeArguments(method="lora", model_config="", lora_rank=4))
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+        before = torch.manual_seed(seed).get_state()
+        state = SimpleNamespace(global_step=4, max_steps=12)
+        Restarts(4, 2).on_step_end(SimpleNamespace(seed=0), state, None, model=model, optimizer=optimizer)
+        following.append(torch.equal(before, torch.get_rng_state()))
+        drawn.append(model.model.layers[0].mlp.up_proj.lora_A.default.weight)
+    assert torch.equal(*drawn)
+    assert all(following)
+
+
 def test_the_learning_rate_warms_up_after_a_restart_and_then_follows_its_schedule():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 100)
@@ -155,7 +172,7 @@ def test_the_learning_rate_warms_up_after_a_restart_and_then_follows_its_schedul
 @pytest.mark.parametrize("method", ["fira", "relora"])
 def test_a_killed_run_ends_as_if_it_had_not_been(preset, method, tmp_path, capsys):
     """Continued in the middle of a pass over the text, of which there are several in different orders."""
-    words = ["--max_steps", "150", "--save_steps", "15", "--save_total_limit", "2", "--eval_steps", "25"]
+    words = ["--max_steps", "120", "--save_steps", "15", "--save_total_limit", "2", "--eval_steps", "30"]
     whole = run(preset, method, tmp_path / "whole", *words)
     assert whole["history"][-1]["epoch"] > 2
     killed = tmp_path / "killed"

@@ -52,4 +52,6 @@ class Restarts(TrainerCallback):
     ) -> None:
         # Not after the last step, when only the record of the state's size would change.
         if state.global_step % self.interval == 0 and state.global_step < state.max_steps:
-            restart(model, optimizer)
+            with torch.random.fork_rng():
+                torch.manual_seed(args.seed + state.global_step)  # the same A on every process
+                restart(model, optimizer)
