@@ -178,6 +178,10 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_an_error(tmp_path):
         (["--method", "galore", "--optim", "fira"], "method galore cannot use optim fira"),
         (["--method", "relora"], "method relora needs relora_interval; set it to a number of optimizer steps"),
         (["--relora_warmup", "5"], "method fira has no restarts, but relora_warmup is set; leave it out"),
+        (
+            ["--method", "relora", "--relora_interval", "5", "--relora_warmup", "5"],
+            "relora_warmup is 5; it must be less than relora_interval, 5",
+        ),
         (["--lora_rank", "8"], "method fira has no LoRA, but lora_rank is set"),
         (["--data_dir", "c4"], "data_dir c4 is a stream, from which no tokenizer is learned"),
         (["--data_dir", "c4", "--tokenizer", "t5-base", "--max_steps", "-1"], "stream without an end; set max_steps"),
@@ -192,6 +196,12 @@ def test_bad_settings_are_errors_before_anything_is_loaded(tmp_path, capsys, mon
     preset = write_preset(tmp_path / "tiny")
     assert train.main([str(preset / "fira.yaml"), "--output_dir", str(tmp_path / "run"), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_is_nowhere_is_named(tmp_path):
+    settings = arguments(data_dir=str(write_text(tmp_path)), tokenizer="nobody/nothing")
+    with pytest.raises(OSError, match="tokenizer is nobody/nothing: not a folder here"):
+        data.load(settings, 300, seed=0)
 
 
 def test_a_missing_model_config_is_an_error(tmp_path):

@@ -22,6 +22,7 @@ from recipes.text import blocks, train_tokenizer
 END = "<|endoftext|>"  # after each document, by the tokenizer that is learned here
 IGNORED = -100  # the label of a position that is not learned
 LINES = 1000  # tokenised at once
+NO_LIMIT = 10**9
 
 
 def load(
@@ -34,17 +35,15 @@ def load(
         ValueError: a file is empty, malformed or too short, or the tokenizer has more tokens than the model.
     """
     if arguments.data_dir == C4:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+        tokenizer = _load_tokenizer(arguments.tokenizer)
         train, valid = (stream_c4(split, tokenizer, arguments.sequence_length, seed) for split in ("train", "valid"))
         return tokenizer, train, _first_tokens((row["input_ids"] for row in valid), arguments.eval_tokens)
     texts = {split: read(arguments.data_dir, split) for split in ("train", "valid")}
     if arguments.tokenizer is None:
         lines = chain.from_iterable(text.splitlines(keepends=True) for text in texts["train"])
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=train_tokenizer(lines, vocab_size, (END,)), eos_token=END, model_max_length=10**9
-        )
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(lines, vocab_size, (END,)), eos_token=END)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer, model_max_length=10**9)
+        tokenizer = _load_tokenizer(arguments.tokenizer)
     packed = {split: _pack(texts[split], tokenizer, arguments, split) for split in texts}
     largest = max(int(of_split.max()) for of_split in packed.values())
     if largest >= vocab_size:
@@ -57,6 +56,14 @@ def load(
         Dataset.from_dict({"input_ids": packed["train"].numpy()}),
         _first_tokens(packed["valid"].tolist(), arguments.eval_tokens),
     )
+
+
+def _load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
+    try:
+        # Texts are cut or packed here, whatever length the tokenizer's own model had.
+        return AutoTokenizer.from_pretrained(name, model_max_length=NO_LIMIT)
+    except OSError as error:
+        raise OSError(f"tokenizer is {name}: not a folder here, and not to be had from the hub. ({error})") from error
 
 
 def read(data_dir: str, split: str) -> list[str]:

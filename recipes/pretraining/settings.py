@@ -80,6 +80,10 @@ class RecipeArguments:
                 raise ValueError(f"method relora needs {name}; set it to a number of optimizer steps.")
             if self.method != "relora" and getattr(self, name) is not None:
                 raise ValueError(f"method {self.method} has no restarts, but {name} is set; leave it out.")
+        if self.relora_interval and self.relora_warmup and self.relora_warmup >= self.relora_interval:
+            raise ValueError(
+                f"relora_warmup is {self.relora_warmup}; it must be less than relora_interval, {self.relora_interval}."
+            )
         if self.data_dir == C4 and self.tokenizer is None:
             raise ValueError(
                 f"data_dir {C4} is a stream, from which no tokenizer is learned; set tokenizer (t5-base)."
