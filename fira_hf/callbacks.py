@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .distributed import local
 from .optimizer import FiraAdamW
 
 
@@ -20,7 +21,7 @@ class FiraCallback(TrainerCallback):
         fira_limiter_active    share of the residuals that the norm-growth limiter scaled down
         fira_captured_energy   share of the gradient's energy that lies in the subspace
         fira_residual_share    the residual's part of the squared update
-        fira_state_bytes       bytes of optimizer state (now, not a mean)
+        fira_state_bytes       bytes of optimizer state (now, not a mean; of a sharded state the part of this process)
 
     The sums stay on the device; they are read only when the Trainer logs.
 
@@ -79,6 +80,6 @@ class FiraCallback(TrainerCallback):
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the tensors in the state of any torch optimizer."""
-    values = (value for state in optimizer.state.values() for value in state.values())
-    return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
+    """Bytes that the tensors in the state of any torch optimizer take in this process."""
+    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS
-from .functional import parts, stacked
+from .functional import long_and_short, stacked
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,7 @@ def check_checkpoint(state_dict: dict[str, Any], param_groups: list[dict[str, An
         state = state_dict["state"].get(index, {})
         expected, shape = tuple(p.shape), tuple(state.get("exp_avg", p).shape)
         if "basis" in state:
-            matrices = parts(p, group["split"], group["transposed"])
-            expected = (*stacked(p, group["split"]), max(matrices[0].shape), min(matrices[0].shape))
+            expected = (*stacked(p, group["split"]), *long_and_short(p, group["split"], group["transposed"]))
             shape = (*shape[:-1], state["basis"].shape[-2])
         if shape != expected:
             raise ValueError(

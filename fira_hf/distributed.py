@@ -162,28 +162,41 @@ def _split_dimensions(p: DTensor) -> list[int]:
     return [dim for dim, placement in enumerate(p.placements) if not isinstance(placement, Replicate)]
 
 
-def shards_of(p: Tensor, split: int, transposed: bool) -> Shards | None:
-    """How a projected weight is sharded; None: it is not.
+def shards_of(p: Any, split: int, transposed: bool) -> Shards | None:
+    """How the rows of a projected matrix are sharded; None: they are not. Of a stack, processes hold whole matrices.
 
     Raises:
-        RuntimeError: it is sharded otherwise than along its rows, over one dimension of the mesh, or fuses parts.
+        RuntimeError: it is sharded otherwise than `fully_shard` does it by default, or it fuses parts.
     """
-    if not isinstance(p, DTensor):
+    dims = _split_dimensions(p) if isinstance(p, DTensor) else []
+    if not dims:
         return None
-    dims = _split_dimensions(p)
-    if dims and split > 1:
-        raise RuntimeError(
-            f"FiraAdamW cannot take a sharded weight apart into {split}: leave it out of split_pattern."
-        )
-    if p.ndim != 2 or len(dims) > 1 or any(p.placements[dim] != Shard(0) for dim in dims):
+    if len(dims) > 1 or p.placements[dims[0]] != Shard(0):
         raise RuntimeError(
             f"FiraAdamW cannot train a weight of shape {tuple(p.shape)} that is sharded as {p.placements}: use "
-            "fully_shard, which splits the rows of matrices, on one dimension of the mesh."
+            "fully_shard, which splits the first dimension, on one dimension of the mesh."
+        )
+    if p.ndim == 3 and (split == 1 or len(p) % p.device_mesh.size(dims[0]) == 0):
+        return None
+    if split > 1:
+        raise RuntimeError(
+            f"FiraAdamW cannot take a weight of shape {tuple(p.shape)} apart into {split} where it is sharded, unless "
+            "each process has the same number of matrices of a stack: leave it out of split_pattern."
         )
     # Of a square weight the outputs are its long side, and they are the columns of one stored (in, out).
     rows, columns = p.shape
     is_tall = rows > columns or (rows == columns and not transposed)
-    return Shards(p.device_mesh.get_group(dims[0]), is_tall) if dims else None
+    return Shards(p.device_mesh.get_group(dims[0]), is_tall)
+
+
+def own_of_stack(p: Any) -> range:
+    """Which of the matrices that a 3-D weight stacks this process holds: all, or its chunk."""
+    dims = _split_dimensions(p) if isinstance(p, DTensor) else []
+    if not dims:
+        return range(len(p))
+    chunk = -(-len(p) // p.device_mesh.size(dims[0]))
+    start = min(len(p), p.device_mesh.get_local_rank(dims[0]) * chunk)
+    return range(start, min(len(p), start + chunk))
 
 
 def sharded_like(p: Any, part: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -63,6 +63,13 @@ def stacked(weight: Tensor, split: int) -> tuple[int, ...]:
     return ((len(weight) if weight.ndim == 3 else 1) * split,) if weight.ndim == 3 or split > 1 else ()
 
 
+def long_and_short(weight: Tensor, split: int, transposed: bool) -> tuple[int, int]:
+    """(long, short) of each of the matrices that a weight is, stacks or fuses; see `parts`."""
+    rows, columns = weight.shape[-2:]
+    short, long = sorted((rows, columns // split) if transposed else (rows // split, columns))
+    return long, short
+
+
 def column_major(Q: Tensor) -> Tensor:
     """A copy of (..., short, r) with contiguous columns, the layout in which products with Q are fastest on a CPU."""
     return Q.mT.clone(memory_format=torch.contiguous_format).mT

@@ -16,7 +16,7 @@ from .checkpoint import check_checkpoint, pairs
 from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig, check_setting, unknown_name
 from .distributed import agree, local, sharded_like
 from .refresh import refresh
-from .state import MOMENTS, Matrix, batches, first_states, matrices_of, rounding_generator
+from .state import MOMENTS, Matrix, batches, create_state, first_states, matrices_of, refresh_in, rounding_generator
 
 ADAM_SETTINGS = ("lr", "betas", "eps", "weight_decay")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,8 +43,9 @@ class FiraAdamW(torch.optim.Optimizer):
 
         step           0-dim           updates made (fp32, on the weight's device)
         phase          int             the basis is due at updates `phase`, `phase` + `update_proj_gap`, ...
-        refresh_in     int             calls of `step()` that can pass before the basis may be due
-        seed           int             of what is drawn at random next
+        refresh_in     int             calls of `step()` that can pass before the basis may be due (not in checkpoints)
+        seed           int             of what is drawn at random
+        rounded        int             steps that rounded at random, if any do
         basis          short x r       orthonormal columns
         exp_avg        long x r        first moment of G Q
         exp_avg_sq     long x r        second moment of G Q
@@ -53,7 +54,7 @@ class FiraAdamW(torch.optim.Optimizer):
     The state of a stack, or of a matrix in parts, has one more dimension in front (the parts of a matrix one after
     another), and lists of `phase` and `refresh_in`; `refresh_in` is None for a matrix that has had no gradient yet.
 
-    A weight of a group without `rank` has `step`, `seed`, and `exp_avg` and `exp_avg_sq` of its own shape.
+    A weight of a group without `rank` has `step`, `seed`, `rounded`, and `exp_avg` and `exp_avg_sq` of its own shape.
 
     A gradient that is zero, or not finite (or so large that its square is not, in fp32), changes nothing of a
     projected weight and its state. A group without `rank` is passed over for a step in which one of its gradients is
@@ -172,6 +173,9 @@ class FiraAdamW(torch.optim.Optimizer):
             self._create_states(group, first, everywhere=is_rehearsal)
         if is_rehearsal:
             return
+        for p in parameters:
+            if "rounded" in self.state.get(p, ()):
+                self.state[p]["rounded"] += 1
         # Under autocast the products would be taken in half precision.
         with torch.autocast(parameters[0].device.type, enabled=False):
             if "rank" in group:
@@ -201,8 +205,7 @@ class FiraAdamW(torch.optim.Optimizer):
             if self.state.get(p) or not (everywhere or isinstance(p, DTensor)):
                 continue
             if "rank" in group:
-                self.state[p] = {}
-                matrices_of(p, self.state, group)[0].create(group, first[p])
+                self.state[p] = create_state(p, group, first[p])
             else:
                 self._create_dense(p, group, first[p])
 
@@ -264,7 +267,7 @@ class FiraAdamW(torch.optim.Optimizer):
         decay = 1 - group["lr"] * group["weight_decay"]
         for i, (matrix, G) in enumerate(zip(matrices, grads, strict=True)):
             on = None if active is None else active[i]
-            generator = rounding_generator(matrix.parameter, matrix.state, group)
+            generator = rounding_generator(matrix.parameter, matrix.state, group, matrix.place)
             for moments, new in zip(stored, (M, V), strict=True):
                 F.store(moments[i], new[i], generator)
             at_random = generator if group["stochastic_rounding"] else None
@@ -344,14 +347,28 @@ class FiraAdamW(torch.optim.Optimizer):
 
         limiter_active: share of the residuals that the norm-growth limiter scaled down. captured_energy:
         ||R||^2 / ||G||^2, the share of the gradient's energy that lies in the subspace. residual_share:
-        ||S||^2 / (||alpha N||^2 + ||S||^2), the residual's part of the update. Reads the device; set
-        `track_statistics` before the steps of interest.
+        ||S||^2 / (||alpha N||^2 + ||S||^2), the residual's part of the update. Of a sharded stack the matrices of this
+        process count. Reads the device; set `track_statistics` before the steps of interest.
         """
         sums = sum(total.cpu().double() for total in self._sums.values())
         self._sums.clear()
         if not torch.is_tensor(sums) or sums[0] == 0:
             return {}
         return dict(zip(STATISTICS, (sums[1:] / sums[0]).tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch's optimizers give it, but for `refresh_in`, and with copies of the bases."""
+        state_dict = super().state_dict()
+        # torch.distributed sends a tensor as it lies in memory, and a basis lies there column by column.
+        state_dict["state"] = {
+            index: {
+                name: value.contiguous() if name == "basis" else value
+                for name, value in state.items()
+                if name != "refresh_in"
+            }
+            for index, state in state_dict["state"].items()
+        }
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state as saved, in the dtype in which it was saved (torch would cast it to that of the weight).
@@ -368,3 +385,5 @@ class FiraAdamW(torch.optim.Optimizer):
                 if isinstance(value, Tensor):
                     copy = F.column_major if name == "basis" else torch.clone
                     self.state[p][name] = copy(value.to(p.device))
+            if "basis" in self.state.get(p, ()):
+                self.state[p]["refresh_in"] = refresh_in(p, self.state[p]["step"])

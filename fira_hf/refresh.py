@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from . import functional as F
 from .distributed import broadcast, is_own, owners
-from .state import MOMENTS, Matrix, batches, next_seed, rounding_generator
+from .state import MOMENTS, Matrix, batches, rounding_generator, seed_of
 from .subspace import find_bases, nearest_rotation
 
 
@@ -29,22 +29,21 @@ def refresh(
     if not due:
         return
     rank = group["rank"]
-    seeds = {matrix: next_seed(matrix.state) for matrix in due}
     sharded = {matrix: matrix.shards for matrix in due if matrix.shards is not None}
     for matrix, shards in sharded.items():
-        method, wait = due.pop(matrix)
+        method, wait, seed = due.pop(matrix)
         if method == "svd":
             raise RuntimeError('projection="svd" needs whole gradients, and FSDP shards them: set projection="power".')
         previous = matrix["basis"].float() if matrix.begun else None
         G = matrix.tall(matrix.grad)
-        _take(matrix, shards.find_basis(G, matrix.shape, rank, method, previous, seeds[matrix]), wait, group)
+        _take(matrix, shards.find_basis(G, matrix.shape, rank, method, previous, seed), wait, group)
     owner = dict(zip(due, owners([matrix.weight.numel() for matrix in due], process_group), strict=True))
     own: dict[Matrix, Tensor | None] = {}
-    for method in sorted({method for method, _ in due.values()}):
+    for method in sorted({method for method, _, _ in due.values()}):
         chosen = (matrix for matrix in due if due[matrix][0] == method and is_own(owner[matrix], process_group))
         for batch in batches(chosen, rank):
             previous = [matrix["basis"].float() if matrix.begun else None for matrix in batch]
-            grads, batch_seeds = [matrix.grad for matrix in batch], [seeds[matrix] for matrix in batch]
+            grads, batch_seeds = [matrix.grad for matrix in batch], [due[matrix][2] for matrix in batch]
             bases = dict(zip(batch, find_bases(grads, rank, method, previous, batch_seeds), strict=True))
             if process_group is not None:
                 own |= bases
@@ -53,7 +52,7 @@ def refresh(
                 _take(matrix, Q, due[matrix][1], group)
     if process_group is not None:
         # All have found their share: now each basis goes from its owner to the others.
-        for matrix, (_, wait) in due.items():
+        for matrix, (_, wait, _) in due.items():
             short = min(matrix.weight.shape)
             like = matrix.grad.new_empty(short, min(rank, short), dtype=torch.float32)
             _take(matrix, broadcast(own.get(matrix), like, owner[matrix], process_group), wait, group)
@@ -61,8 +60,8 @@ def refresh(
 
 def _due(
     matrices: list[Matrix], group: dict[str, Any], first_states: dict[Any, dict[str, Any]]
-) -> dict[Matrix, tuple[str, int]]:
-    """The matrices that get a basis now -> by which method, and in how many updates the next one is due."""
+) -> dict[Matrix, tuple[str, int, int]]:
+    """The matrices that get a basis now -> by which method, in how many updates the next one is due, and a seed."""
     if not matrices:
         return {}
     parts = torch._foreach_norm([matrix.grad for matrix in matrices], 2.0, torch.float32)
@@ -79,11 +78,12 @@ def _due(
             matrix.state.update(first_states[matrix.parameter])
         done = int(matrix["step"].item()) if matrix.begun else 0
         wait = (matrix["phase"] - done) % gap or gap
+        seed = seed_of(matrix.state, matrix.place, done)
         if not matrix.begun:
             # All need their first basis at once: where refreshes are staggered, it has to be a cheap one.
-            due[matrix] = ("sketch" if group["refresh"] == "staggered" else group["projection"], wait)
+            due[matrix] = ("sketch" if group["refresh"] == "staggered" else group["projection"], wait, seed)
         elif wait == gap:
-            due[matrix] = (group["projection"], wait)
+            due[matrix] = (group["projection"], wait, seed)
         else:
             matrix["refresh_in"] = wait
     return due
@@ -107,7 +107,7 @@ def _change_basis(matrix: Matrix, Q: Tensor, group: dict[str, Any]) -> None:
         b1, b2 = (F.bias_correction(beta, matrix["step"]) for beta in group["betas"])
         M, V = (matrix[name].float() for name in MOMENTS)
         F.rotate_moments(M, V, C, b2 / b1.square())
-        generator = rounding_generator(matrix.parameter, matrix.state, group)
+        generator = rounding_generator(matrix.parameter, matrix.state, group, matrix.place, use=1)
         for name, new in zip(MOMENTS, (M, V), strict=True):
             F.store(matrix[name], new, generator)
     matrix["basis"].copy_(Q)

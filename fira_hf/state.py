@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import functional as F
-from .distributed import Shards, local, sharded_like, shards_of
+from .distributed import Shards, local, own_of_stack, sharded_like, shards_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Matrices of one shape are taken together up to this many elements of their low-rank gradients: 4 MiB on the CPU,
@@ -31,7 +31,7 @@ def first_states(param_groups: list[dict[str, Any]]) -> dict[Any, dict[str, Any]
     before = 0
     for group in param_groups:
         for p in group["params"]:
-            first[p] = {"seed": len(first)}
+            first[p] = {"seed": len(first)} | ({"rounded": 0} if rounds_at_random(p, group) else {})
             if "rank" not in group:
                 continue
             phases = []
@@ -46,24 +46,59 @@ def first_states(param_groups: list[dict[str, Any]]) -> dict[Any, dict[str, Any]
     return first
 
 
+def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+    """The state of a projected parameter, with no basis yet; `first` is its entry in `first_states`."""
+    split, transposed = group["split"], group["transposed"]
+    stack, shards = F.stacked(p, split), shards_of(p, split, transposed)
+    long, short = F.long_and_short(p, split, transposed)
+    r, device, dtype = min(group["rank"], short), local(p.data).device, getattr(torch, group["state_dtype"])
+    rows = shards.own(long) if shards else slice(0, long)
+    own = (len(own_of_stack(p)) * split,) if p.ndim == 3 else stack
+
+    def like_p(part: Tensor) -> Tensor:
+        # A stack is sharded matrix by matrix; of a matrix that is sharded only the moments are.
+        return sharded_like(p, part, (*stack, *part.shape[1:])) if p.ndim == 3 else part
+
+    state = {**first, "refresh_in": [None] * stack[0] if stack else None}
+    for name in MOMENTS:
+        part = torch.zeros(*own, rows.stop - rows.start, r, dtype=dtype, device=device)
+        state[name] = sharded_like(p, part, (*stack, long, r))
+    state["basis"] = like_p(torch.zeros(*own, r, short, dtype=dtype, device=device).mT)
+    state["step"] = like_p(torch.zeros(own, device=device))
+    state["residual_norm"] = like_p(torch.full(own, torch.inf, device=device))
+    return state
+
+
+def refresh_in(p: Tensor, step: Tensor) -> Any:
+    """`refresh_in` of a loaded state: the next call looks whether a basis is due. Who has a basis has made a step."""
+    begun = [0 if count else None for count in local(step).flatten().tolist()]
+    if step.ndim == 0:
+        return begun[0]
+    split = len(step) // len(p) if p.ndim == 3 else len(step)
+    own = own_of_stack(p) if p.ndim == 3 else range(1)
+    return [None] * (own.start * split) + begun + [None] * (len(step) - own.stop * split)
+
+
 class Matrix:
     """One projected matrix: a parameter, or one of those that it stacks or fuses, with its part of the state.
 
-    `weight` and `grad` are views, (out, in); of a sharded parameter this process's part, as it is stored.
+    `weight` and `grad` are views, (out, in); of a sharded matrix this process's rows. `index` and `place` tell which
+    one of a stack it is, among those of this process and among all.
     """
 
-    __slots__ = ("grad", "index", "parameter", "shape", "shards", "state", "weight")
+    __slots__ = ("grad", "index", "parameter", "place", "shape", "shards", "state", "weight")
 
     def __init__(
         self,
         parameter: Any,
         state: dict[str, Any],
         index: int | None,
+        place: int,
         shards: Shards | None,
         weight: Tensor,
         grad: Any,
     ) -> None:
-        self.parameter, self.state, self.index, self.shards = parameter, state, index, shards
+        self.parameter, self.state, self.index, self.place, self.shards = parameter, state, index, place, shards
         self.weight, self.grad = weight, grad
         self.shape = parameter.shape if shards else weight.shape
 
@@ -77,38 +112,25 @@ class Matrix:
         """Whether it has a basis."""
         return "refresh_in" in self.state and self["refresh_in"] is not None
 
-    def create(self, group: dict[str, Any], first: dict[str, Any]) -> None:
-        """Creates the state of the parameter, with no basis yet; `first` is its entry in `first_states`."""
-        p, dtype = self.parameter, getattr(torch, group["state_dtype"])
-        stack, short, long = F.stacked(p, group["split"]), *sorted(self.shape)
-        r, device = min(group["rank"], short), self.weight.data.device
-        own = self.shards.own(long) if self.shards else slice(0, long)
-        self.state.update(first, refresh_in=[None] * stack[0] if stack else None)
-        for name in MOMENTS:
-            part = torch.zeros(*stack, own.stop - own.start, r, dtype=dtype, device=device)
-            self.state[name] = sharded_like(p, part, (*stack, long, r))
-        self.state["step"] = torch.zeros(stack, device=device)
-        self.state["residual_norm"] = torch.full(stack, torch.inf, device=device)
-        self.state["basis"] = torch.zeros(*stack, r, short, dtype=dtype, device=device).mT
-
     def begin(self, Q: Tensor, group: dict[str, Any]) -> None:
         """Takes the first basis (short, r)."""
         if "basis" not in self.state:
-            self.create(group, dict(self.state))
+            self.state.update(create_state(self.parameter, group, self.state))
         self["refresh_in"] = 0
         self["basis"].copy_(Q)
 
     def __getitem__(self, name: str) -> Any:
         value = self.state[name]
-        if self.shards is not None and name in MOMENTS:
-            return local(value)
+        if isinstance(value, list):
+            return value[self.place]
+        value = local(value)
         return value if self.index is None else value[self.index]
 
     def __setitem__(self, name: str, value: int) -> None:
         if self.index is None:
             self.state[name] = value
         else:
-            self.state[name][self.index] = value
+            self.state[name][self.place] = value
 
 
 def matrices_of(p: Any, states: Mapping[Any, dict[str, Any]], group: dict[str, Any]) -> list[Matrix]:
@@ -117,11 +139,13 @@ def matrices_of(p: Any, states: Mapping[Any, dict[str, Any]], group: dict[str, A
     shards = shards_of(p, split, transposed)
     weight, grad = local(p.detach()), local(p.grad)
     if shards is not None:
-        return [Matrix(p, state, None, shards, weight, grad)]
-    weights = F.parts(weight, split, transposed)
-    grads = [None] * len(weights) if grad is None else F.parts(grad, split, transposed)
-    indices = range(len(weights)) if F.stacked(p, split) else [None]
-    return [Matrix(p, state, index, None, w, g) for index, w, g in zip(indices, weights, grads, strict=True)]
+        return [Matrix(p, state, None, 0, shards, weight, grad)]
+    weights, grads = F.parts(weight, split, transposed), F.parts(grad, split, transposed)
+    if not F.stacked(p, split):
+        return [Matrix(p, state, None, 0, None, weights[0], grads[0])]
+    first = own_of_stack(p).start * split if p.ndim == 3 else 0
+    both = enumerate(zip(weights, grads, strict=True))
+    return [Matrix(p, state, index, first + index, None, w, g) for index, (w, g) in both]
 
 
 def batches(matrices: Iterable[Matrix], rank: int) -> Iterator[list[Matrix]]:
@@ -136,14 +160,23 @@ def batches(matrices: Iterable[Matrix], rank: int) -> Iterator[list[Matrix]]:
             yield members[i : i + size]
 
 
-def next_seed(state: dict[str, Any]) -> int:
-    """A seed for one draw; advances the state's (Knuth's MMIX generator), so that a resumed run draws the same."""
-    state["seed"] = (state["seed"] * 6364136223846793005 + 1442695040888963407) % 2**63
-    return int(state["seed"])
+def seed_of(state: dict[str, Any], *numbers: int) -> int:
+    """A seed for one draw, from that of the parameter and the numbers that tell the draw from its others."""
+    seed = state["seed"]
+    for number in numbers:  # steps of Knuth's MMIX generator
+        seed = ((seed + number) * 6364136223846793005 + 1442695040888963407) % 2**63
+    return int(seed)
 
 
-def rounding_generator(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> torch.Generator | None:
-    """The generator of this step's roundings, if something of the parameter is rounded at random."""
-    if group["state_dtype"] != "float32" or (group["stochastic_rounding"] and p.dtype == torch.bfloat16):
-        return torch.Generator(p.device).manual_seed(next_seed(state))
-    return None
+def rounds_at_random(p: Tensor, group: dict[str, Any]) -> bool:
+    return group["state_dtype"] != "float32" or (group["stochastic_rounding"] and p.dtype == torch.bfloat16)
+
+
+def rounding_generator(
+    p: Tensor, state: dict[str, Any], group: dict[str, Any], place: int = 0, use: int = 0
+) -> torch.Generator | None:
+    """The generator of this step's roundings of one matrix, if something of it is rounded at random; `use` tells apart
+    what is rounded within a step."""
+    if not rounds_at_random(p, group):
+        return None
+    return torch.Generator(p.device).manual_seed(seed_of(state, place, state["rounded"], use))

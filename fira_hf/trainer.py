@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -83,9 +84,19 @@ def register() -> None:
         if model is None:
             name = OptimizerNames(args.optim).value
             raise ValueError(f"optim={name!r} needs the model to choose the weights that it projects: pass model=...")
-        _refuse_engines(args)
-        replicas = dist.group.WORLD if args.parallel_mode is ParallelMode.DISTRIBUTED else None
-        return TrainerFira, {"module": model, "config": config_from_args(args, model), "process_group": replicas}
+        is_sharded = _is_sharded(args)
+        config = config_from_args(args, model)
+        if is_sharded and config.projection == "svd":
+            raise ValueError(
+                'projection="svd" needs whole gradients, and FSDP shards them: set projection=power in optim_args, '
+                "where it also overrides preset=published."
+            )
+        replicas = args.parallel_mode is ParallelMode.DISTRIBUTED and not is_sharded
+        return TrainerFira, {
+            "module": model,
+            "config": config,
+            "process_group": dist.group.WORLD if replicas else None,
+        }
 
     @functools.wraps(original_train)
     def train(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
@@ -192,17 +203,34 @@ class Layerwise(TrainerCallback):
             self._trainer.model._is_accelerate_prepared = False  # type: ignore
 
 
-def _refuse_engines(args: TrainingArguments) -> None:
-    engines = {
-        "DeepSpeed": args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"),
-        "FSDP": args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"),
-    }
-    for engine, in_use in engines.items():
-        if in_use:
-            raise ValueError(
-                f"optim={OptimizerNames(args.optim).value!r} does not run under {engine}, which shards or flattens "
-                "the weights that it projects: use one device or DDP (torchrun, or accelerate launch, without it)."
-            )
+def _is_sharded(args: TrainingArguments) -> bool:
+    """Whether the weights are going to be sharded, by FSDP2.
+
+    Raises:
+        ValueError: something else shards them, or they are to be stepped inside backward.
+    """
+    name = OptimizerNames(args.optim).value
+    if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            f"optim={name!r} does not run under DeepSpeed, which flattens the weights that it projects: use FSDP2 "
+            '(fsdp=True with fsdp_config={"version": 2}, or accelerate\'s fsdp_version: 2) or DDP.'
+        )
+    if not args.fsdp and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return False
+    # By the arguments or, always so in older versions of transformers, by `accelerate launch`.
+    plugin = getattr(args, "fsdp_plugin_args", None) or {}
+    version = int(plugin.get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
+    if version != 2 or (isinstance(args.fsdp_config, dict) and args.fsdp_config.get("xla")):
+        raise ValueError(
+            f"optim={name!r} does not run under FSDP{version}, which flattens the weights that it projects: use FSDP2 "
+            '(fsdp_config={"version": 2}, or accelerate\'s fsdp_version: 2) or DDP.'
+        )
+    if args.optim == LAYERWISE:
+        raise ValueError(
+            f"optim={name!r} does not run under FSDP, which gives weights their gradients without calling the hooks "
+            'that would step them: set optim="fira".'
+        )
+    return True
 
 
 def config_from_args(args: TrainingArguments, model: nn.Module) -> FiraConfig:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from recipes import runner
+from recipes import processes, runner
 from recipes.runner import console
 from recipes.settings import Recipe, read_overrides
 
@@ -26,6 +26,8 @@ def parser(recipe: Recipe, description: str | None) -> argparse.ArgumentParser:
 def compare(
     recipe: Recipe, description: str | None, write_report: Callable[[Path], None], words: list[str] | None
 ) -> int:
+    if not processes.is_main():
+        return 0  # the main process starts each run on all of them
     arguments = parser(recipe, description)
     arguments.add_argument("--seeds", type=lambda text: text.split(","), default=["42"], help="default: 42")
     options, overrides = arguments.parse_known_args(words)

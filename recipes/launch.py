@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,10 +13,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import datasets
 import torch
+import torch.distributed as dist
+import transformers
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
-from recipes import files, measure, rundir
+from recipes import files, measure, processes, rundir
 from recipes.settings import Recipe, load_settings, read_overrides, to_argv
 
 Arguments = TypeVar("Arguments")
@@ -37,7 +42,23 @@ def parse(settings: dict[str, Any], kind: type[Arguments]) -> tuple[Arguments, T
     training.label_names = ["labels"]  # a PEFT model hides the argument names from which the Trainer would find it
     training.dataloader_pin_memory = torch.cuda.is_available()
     training.restore_callback_states_from_checkpoint = True  # for StepTime
+    if training.ddp_find_unused_parameters is None:
+        training.ddp_find_unused_parameters = False  # all take part in each step; DDP warns that it found none
+    share_batch(training)
     return arguments, training
+
+
+def share_batch(training: TrainingArguments) -> None:
+    """Divide the experiment's batch among the processes: each takes fewer micro-batches, then smaller ones."""
+    size, count = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    if size * count % training.world_size:
+        raise ValueError(
+            f"per_device_train_batch_size {size} x gradient_accumulation_steps {count} is the batch of all processes "
+            f"together, and cannot be divided among {training.world_size}: start fewer, or change one of the two."
+        )
+    fewer = math.gcd(count, training.world_size)
+    training.gradient_accumulation_steps = count // fewer
+    training.per_device_train_batch_size = size * fewer // training.world_size
 
 
 def validate(trainer: Trainer) -> float:
@@ -79,6 +100,19 @@ def _history(entry: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key in kept or key.startswith("fira_")}
 
 
+def save_model(trainer: Trainer) -> None:
+    """The trained model, into the folder "model" of the run."""
+    if trainer.is_fsdp_enabled:  # the checkpoints are sharded, as which a model is not saved
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(Path(trainer.args.output_dir, "model")))
+
+
+def _leave_progress_to_the_main_process() -> None:
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  to the end of the process
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def main(
     recipe: Recipe,
     description: str | None,
@@ -92,6 +126,8 @@ def main(
     if not words or words[0] in ("-h", "--help"):
         print(description)
         return 0
+    if not processes.is_main():
+        _leave_progress_to_the_main_process()
     try:
         experiment = Path(words[0])
         settings = load_settings(recipe, experiment, read_overrides(words[1:]))
@@ -107,21 +143,27 @@ def main(
             print(f"{folder} is complete; delete it to run it again.")
             return 0
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if processes.is_first_of_node():
+            print(f"error: {error}", file=sys.stderr)
         return 2
 
-    files.write_json(folder / rundir.SETTINGS, settings)
+    with training.main_process_first(local=False):
+        if processes.is_main():
+            files.write_json(folder / rundir.SETTINGS, settings)
+            (folder / rundir.TRACEBACK).unlink(missing_ok=True)  # that of an earlier attempt
     recorded = {key: value for key, value in settings.items() if key != "output_dir"}
     provenance = measure.provenance(training.seed, ["python", "-m", f"{recipe.package}.train", *words])
     try:
         found = run(arguments, training)
     except Exception as error:  # whatever it is, it belongs into the record
-        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        rundir.write_failure(
-            folder, recorded, f"{type(error).__name__}: {error}", provenance=provenance, seed=training.seed
-        )
-        print(f"error: {error}\nThe traceback is in {folder / 'error.txt'}", file=sys.stderr)
+        if rundir.is_first_failure(folder, traceback.format_exc()):
+            rundir.write_failure(
+                folder, recorded, f"{type(error).__name__}: {error}", provenance=provenance, seed=training.seed
+            )
+            print(f"error: {error}\nThe traceback is in {folder / rundir.TRACEBACK}", file=sys.stderr)
         return 1
+    if not processes.is_main():
+        return 0
     full = {key: value for key, value in training.to_dict().items() if key not in _UNRECORDED}
     result = {
         "status": "ok",
@@ -135,3 +177,10 @@ def main(
     files.write_json(folder / rundir.RESULT, result)
     rundir.remove_checkpoints(folder)
     return 0
+
+
+def leave(status: int) -> None:
+    """End this process, and its part in the group of processes: after a failure the others may wait no longer."""
+    if status == 0 and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(status)

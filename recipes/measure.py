@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -30,7 +31,8 @@ def provenance(seed: int, command: list[str]) -> dict[str, Any]:
         | {"fira_hf": fira_hf.__version__, "python": platform.python_version()},
         "commit": _commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
-        "cpu_threads": torch.get_num_threads(),
+        "processes": dist.get_world_size() if dist.is_initialized() else 1,
+        "cpu_threads": torch.get_num_threads(),  # of each process
         "platform": platform.platform(),
         "seed": seed,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

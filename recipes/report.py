@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from recipes import files, rundir
@@ -48,7 +49,7 @@ def write_report(recipe: Recipe, source: Path, title: str, caption: str, describ
     for run in runs:
         if run["status"] != "ok":
             parts += [f"**{_name(run)} failed**: {run['error']}", ""]
-            console.print(f"[bold red]{_name(run)} failed[/]: {run['error']}")
+            console.print(f"[bold red]{_name(run)} failed[/]: {escape(run['error'])}")
     (folder / "report.md").write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
     console.print(f"Report: {folder / 'report.md'}")
 
@@ -92,9 +93,15 @@ def where(runs: list[dict[str, Any]]) -> str:
     place = runs[0]["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in place["versions"].items())
     return (
-        f"On {place['device']} ({place['cpu_threads']} CPU threads, {place['platform']}), {place['date'][:10]}, "
-        f"commit {place['commit'] or 'unknown'}; {versions}."
+        f"On {place['device']} ({_processes(runs)}{place['cpu_threads']} CPU threads, {place['platform']}), "
+        f"{place['date'][:10]}, commit {place['commit'] or 'unknown'}; {versions}."
     )
+
+
+def _processes(runs: list[dict[str, Any]]) -> str:
+    """ "2 processes of ", or nothing if there was one, as in results that do not say how many there were."""
+    counts = sorted({run["provenance"].get("processes", 1) for run in runs})
+    return "" if counts == [1] else f"{'/'.join(map(str, counts))} processes of "
 
 
 def seeds(runs: list[dict[str, Any]]) -> str:
@@ -104,9 +111,10 @@ def seeds(runs: list[dict[str, Any]]) -> str:
 def cost_notes(runs: list[dict[str, Any]], losses: str) -> str:
     """What the columns of the table of costs hold; `losses` says it for those of the losses."""
     memory = "allocated on the GPU" if runs[0]["peak_memory"]["of"] == "gpu" else "resident memory of the process"
+    of_which = " of the main process" if _processes(runs) else ""
     return (
         "Optimizer state: bytes of its tensors, measured after training. "
-        f"Peak memory: {memory}, up to the end of training. "
+        f"Peak memory{of_which}: {memory}, up to the end of training. "
         "Tokens/s: without padding, in training steps alone. "
         f"{losses} ± is the standard deviation over seeds."
     )

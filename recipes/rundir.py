@@ -12,6 +12,7 @@ from recipes.settings import difference
 
 RESULT = "result.json"
 SETTINGS = "settings.json"
+TRACEBACK = "error.txt"
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -43,6 +44,17 @@ def is_finished(folder: Path, settings: dict[str, Any]) -> bool:
             f"{folder} holds a run with other settings ({changed}); choose another output_dir or delete it."
         )
     return finished
+
+
+def is_first_failure(folder: Path, traceback: str) -> bool:
+    """Write the traceback, unless another process of the run has failed before: what the others meet then is only the
+    consequence."""
+    try:
+        with (folder / TRACEBACK).open("x", encoding="utf-8") as file:
+            file.write(traceback)
+    except FileExistsError:
+        return False
+    return True
 
 
 def write_failure(folder: Path, settings: dict[str, Any], error: str, **more: Any) -> None:

@@ -1,17 +1,17 @@
-"""One run as a process of its own, so that the others survive its failure. Nothing here imports torch."""
+"""One run as processes of its own, so that the others survive its failure. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
-from recipes import files, rundir
+from recipes import files, processes, rundir
 from recipes.settings import Recipe, load_settings, read_overrides
 
 console = Console(soft_wrap=True)
@@ -19,10 +19,8 @@ console = Console(soft_wrap=True)
 
 @dataclass
 class Run:
-    recipe: Recipe
     name: str
-    experiment: Path
-    words: list[str]  # what the command line changes in the experiment
+    command: list[str]
     settings: dict[str, Any]
     folder: Path
     finished: bool
@@ -47,7 +45,8 @@ def plan(recipe: Recipe, name: str, experiment: Path, words: list[str], folder: 
     """One run, checked against what its folder holds: ValueError if that is of other settings."""
     words = [*words, "--output_dir", str(folder)]
     settings = load_settings(recipe, experiment, read_overrides(words))
-    return Run(recipe, name, experiment, words, settings, folder, rundir.is_finished(folder, settings))
+    command = [*processes.python(recipe.package), "-m", f"{recipe.package}.train", str(experiment), *words]
+    return Run(name, command, settings, folder, rundir.is_finished(folder, settings))
 
 
 def execute(runs: list[Run]) -> list[Run]:
@@ -59,15 +58,15 @@ def execute(runs: list[Run]) -> list[Run]:
             console.print(f"complete in {run.folder}")
         elif not _execute(run):
             failed.append(run)
-            console.print(f"[bold red]{run.name} failed[/]: {files.read_json(run.folder / rundir.RESULT)['error']}")
+            error = escape(files.read_json(run.folder / rundir.RESULT)["error"])  # brackets are not for rich
+            console.print(f"[bold red]{run.name} failed[/]: {error}")
     return failed
 
 
 def _execute(run: Run) -> bool:
     result = run.folder / rundir.RESULT
     result.unlink(missing_ok=True)  # that of an earlier, failed attempt
-    command = [sys.executable, "-m", f"{run.recipe.package}.train", str(run.experiment), *run.words]
-    code = subprocess.run(command, check=False).returncode
+    code = subprocess.run(run.command, check=False).returncode
     if not result.is_file():
         rundir.write_failure(run.folder, run.settings, _explain(code))
     return code == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from recipes import files, rundir, runner
+from recipes import files, processes, rundir, runner
 from recipes.compare import parser
 from recipes.runner import console
 from recipes.settings import Recipe
@@ -18,6 +18,8 @@ def search(
     recipe: Recipe, description: str | None, minimised: str, not_needed: list[str], words: list[str] | None
 ) -> int:
     """`minimised` says what eval_loss is; `not_needed` are settings that leave out what a search does not look at."""
+    if not processes.is_main():
+        return 0  # the main process starts each run on all of them
     arguments = parser(recipe, description)
     arguments.add_argument("--values", required=True, help="learning_rate=1e-5,3e-5,1e-4")
     options, overrides = arguments.parse_known_args(words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -241,12 +242,35 @@ def test_hand_passed_optimizers(make_trainer):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("engine", "setting"), [("DeepSpeed", {"deepspeed": {}}), ("FSDP", {"fsdp": "full_shard"})])
-def test_engines_that_shard_weights_are_refused(tmp_path, engine, setting):
+FSDP1 = {"fsdp": "full_shard", "fsdp_plugin_args": {"fsdp_version": 1}}
+FSDP2 = {"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 2}, "fsdp_config": {}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "does not run under DeepSpeed"),
+        (FSDP1, "does not run under FSDP1"),
+        (FSDP2 | {"fsdp_config": {"xla": True}}, "does not run under FSDP"),
+        (FSDP2 | {"optim": "fira_layerwise"}, 'set optim="fira"'),
+        (FSDP2 | {"optim_args": "preset=published"}, "projection=power in optim_args"),
+    ],
+)
+def test_engines_that_cannot_work_are_refused(tmp_path, settings, words):
     args = fira_args(tmp_path, optim_args="rank=8")
-    for name, value in setting.items():
-        setattr(args, name, value or {"zero_optimization": {"stage": 2}})
-    with pytest.raises(ValueError, match=engine):
+    for name, value in settings.items():
+        setattr(args, name, value)
+    with pytest.raises(ValueError, match=words):
+        Trainer.get_optimizer_cls_and_kwargs(args, build_llama())
+
+
+@pytest.mark.parametrize(("version", "refused"), [(None, True), ("1", True), ("2", False)])
+def test_of_what_accelerate_launch_says_only_fsdp2_is_taken(tmp_path, monkeypatch, version, refused):
+    args = fira_args(tmp_path, optim_args="rank=8")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    if version is not None:
+        monkeypatch.setenv("FSDP_VERSION", version)
+    with pytest.raises(ValueError, match="FSDP1") if refused else contextlib.nullcontext():
         Trainer.get_optimizer_cls_and_kwargs(args, build_llama())
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import evaluate
 import torch
+import torch.distributed as dist
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,7 +36,10 @@ def score(
     questions: dict[str, list[dict[str, Any]]],
     arguments: RecipeArguments,
 ) -> dict[str, dict[str, float]]:
-    """Per task: accuracy, majority and unanswered (shares, 0 to 1) and the number of questions."""
+    """Per task: accuracy, majority and unanswered (shares, 0 to 1) and the number of questions.
+
+    Several processes share the questions, and each gets all the results.
+    """
     metric = evaluate.load(str(Path(__file__).parent / "accuracy"))
     predict = {"loglik": predict_by_likelihood, "generate": predict_by_generation}[arguments.scoring]
     was_training = model.training
@@ -89,7 +93,7 @@ def log_likelihoods(
     rows = []
     for question, (prompt, candidates) in enumerate(zip(prompts, words, strict=True)):
         rows += _rows(question, [tokenizer(prompt + ANSWER_PREFIX + word)["input_ids"] for word in candidates])
-    scores = [[0.0] * len(candidates) for candidates in words]
+    found = {}
     for batch in _batches(rows, [len(row.tokens) for row in rows], batch_size, progress):
         inputs = _pad_left([row.tokens for row in batch], tokenizer.pad_token_id, model.device)
         # Only the last positions: the logits of whole prompts over the vocabulary would take gigabytes.
@@ -100,8 +104,9 @@ def log_likelihoods(
             log_probabilities = of_row[-targets.shape[1] :].float().log_softmax(-1)
             sums = log_probabilities.gather(1, targets.T).sum(0)
             for candidate, value in zip(row.candidates, sums.tolist(), strict=True):
-                scores[row.question][candidate] = value
-    return scores
+                found[row.question, candidate] = value
+    found = _gather(found)
+    return [[found[index, candidate] for candidate in range(len(allowed))] for index, allowed in enumerate(words)]
 
 
 def _pad_left(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -113,13 +118,27 @@ def _pad_left(rows: list[list[int]], pad: int, device: torch.device) -> dict[str
 
 
 def _batches(items: list, lengths: list[int], size: int, progress: str | None) -> Iterator[list]:
-    """The items in batches of like length, the longest first, so that what does not fit in memory fails at once."""
+    """The items in batches of like length, the longest first, so that what does not fit in memory fails at once.
+
+    Each of several processes gets its share, in as many batches as the others: where the weights are sharded, all have
+    to take part in a forward pass. One for which the last items do not suffice repeats one of them.
+    """
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     order = sorted(range(len(items)), key=lambda index: -lengths[index])
-    with tqdm(total=len(items), desc=progress, disable=progress is None) as bar:
-        for start in range(0, len(order), size):
-            batch = [items[index] for index in order[start : start + size]]
-            yield batch
-            bar.update(len(batch))
+    with tqdm(total=len(items), desc=progress, disable=progress is None or rank > 0) as bar:
+        for start in range(0, len(order), size * processes):
+            block = order[start : start + size * processes]
+            yield [items[index] for index in block[rank::processes] or block[:1]]
+            bar.update(len(block))
+
+
+def _gather(found: dict[Any, Any]) -> dict[Any, Any]:
+    """What all processes have found."""
+    if not dist.is_initialized():
+        return found
+    of_each: list[dict[Any, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_each, found)
+    return {key: value for of_one in of_each for key, value in of_one.items()}
 
 
 def predict_by_likelihood(
@@ -146,7 +165,7 @@ def predict_by_generation(
 ) -> list[str]:
     """The first answer word in the generated response, "" if there is none."""
     prompts = [tokenizer(build_prompt(record["instruction"], record["input"]))["input_ids"] for record in records]
-    answers = [""] * len(records)
+    answers = {}
     items = list(enumerate(prompts))
     for batch in _batches(items, [len(prompt) for prompt in prompts], batch_size, progress=task):
         inputs = _pad_left([prompt for _, prompt in batch], tokenizer.pad_token_id, model.device)
@@ -155,9 +174,11 @@ def predict_by_generation(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             pad_token_id=tokenizer.pad_token_id,
+            synced_gpus=dist.is_initialized(),  # as in _batches: one that has its answers goes on with the others
             **GENERATION,
         )
         responses = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
         for (index, _), response in zip(batch, responses, strict=True):
             answers[index] = extract_answer(response, task)
-    return answers
+    answers = _gather(answers)
+    return [answers[index] for index in range(len(records))]

@@ -8,7 +8,6 @@ run that was interrupted. --dry_run checks data, targets and memory instead.
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -40,7 +39,8 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
     """Train and score; returns what the run found out."""
     questions = data.load_questions(arguments)
     train_records, validation_records = data.load_training(arguments)
-    tokenizer = load_tokenizer(arguments.model)
+    with training.main_process_first():  # the embedded model is converted once
+        tokenizer = load_tokenizer(arguments.model)
     encoded = data.encode_all(train_records, tokenizer, arguments.cutoff_len, arguments.train_on_inputs)
     # The validation loss is that of the response, however the training labels are chosen: methods and learning rates
     # are compared by it.
@@ -72,7 +72,7 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
     start = time.perf_counter()
     accuracy = score(trainer.model, tokenizer, questions, arguments)
     if arguments.keep_model:
-        trainer.save_model(str(Path(training.output_dir, "model")))
+        launch.save_model(trainer)
     return figures | {
         "scoring_seconds": time.perf_counter() - start,
         "accuracy": accuracy,
@@ -85,4 +85,4 @@ def main(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.leave(main())

@@ -9,7 +9,6 @@ run that was interrupted.
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
     if arguments.keep_model:
         if lora is not None:
             lora.merge_and_unload()
-        trainer.save_model(str(Path(training.output_dir, "model")))
+        launch.save_model(trainer)
     return found | {
         "parameters": parameters,
         "peak_memory": memory,
@@ -86,4 +85,4 @@ def main(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    launch.leave(main())
