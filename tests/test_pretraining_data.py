@@ -65,11 +65,11 @@ def test_evaluation_stops_at_its_number_of_tokens(tmp_path):
 
 
 def test_padding_is_neither_seen_nor_learned():
-    batch = data.collate([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}])
-    assert batch["input_ids"][0].tolist() == [5, 6, 7]
+    batch = data.collate([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}], length=4)
+    assert batch["input_ids"][0].tolist()[:3] == [5, 6, 7]
     assert batch["input_ids"][1, 0] == 8
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[5, 6, 7], [8, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[5, 6, 7, -100], [8, -100, -100, -100]]
 
 
 @pytest.fixture

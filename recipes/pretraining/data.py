@@ -13,7 +13,6 @@ import datasets
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from recipes.pretraining.settings import C4, EMBEDDED, RecipeArguments
@@ -146,11 +145,16 @@ def _first_tokens(rows: Iterable[list[int]], tokens: int) -> Dataset:
     return Dataset.from_dict({"input_ids": kept})
 
 
-def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """A batch, padded on the right where its rows differ in length; what is padding is neither seen nor learned."""
-    tokens = [torch.tensor(row["input_ids"]) for row in rows]
-    return {
-        "input_ids": pad_sequence(tokens, batch_first=True),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True),
-        "labels": pad_sequence(tokens, batch_first=True, padding_value=IGNORED),
-    }
+def collate(rows: list[dict[str, list[int]]], length: int) -> dict[str, Tensor]:
+    """A batch, padded on the right; what is padding is neither seen nor learned.
+
+    Always of the same length, as published: a stream's batches for several processes are read as one.
+    """
+    input_ids = torch.zeros(len(rows), length, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORED)
+    for index, row in enumerate(rows):
+        tokens = torch.tensor(row["input_ids"])
+        input_ids[index, : len(tokens)] = labels[index, : len(tokens)] = tokens
+        attention_mask[index, : len(tokens)] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -8,6 +8,7 @@ run that was interrupted.
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
         args=training,
         train_dataset=train,
         eval_dataset=valid,
-        data_collator=data.collate,
+        data_collator=functools.partial(data.collate, length=arguments.sequence_length),
         processing_class=tokenizer,
         callbacks=callbacks,
     )
