@@ -179,6 +179,9 @@ def main(words: list[str] | None = None) -> int:
     data = load_tokens(options.data_dir, options.output_dir / "data", experiment["vocab_size"])
     # The first learning rate of every variant comes before the second of any: the table is of use early.
     runs = [(n, name, lr) for name in names for n, lr in enumerate(variants[name]["learning_rates"])]
+    for lr in options.learning_rates or []:
+        if lr not in {run[2] for run in runs}:
+            parser.error(f"no chosen variant of {options.experiment} has the learning rate {lr:g}: add it there")
     runs = [run for run in runs if options.learning_rates is None or run[2] in options.learning_rates]
     for _, name, lr in sorted(runs, key=lambda run: run[0]):
         for seed in options.seeds:
