@@ -19,8 +19,9 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from commonsense_tiny import write_data, write_model, write_preset
 from conftest import launch
-from recipes import files
-from recipes.commonsense import compare, processes, report, rundir, search, train
+from recipes import files, processes, rundir
+from recipes.commonsense import compare, report, search
+from recipes.launch import share_batch
 from test_commonsense_run import ENVIRONMENT, ROOT, losses, run
 from test_docs import check_command
 
@@ -98,6 +99,7 @@ from torch.distributed.fsdp import fully_shard
 
 from recipes import files
 from recipes.commonsense import data, model, scoring, train
+from recipes.settings import load_settings
 
 torch.set_num_threads(1)
 experiment, resumed, folder, *words = sys.argv[1:]
@@ -118,7 +120,7 @@ assert status == 0, Path(resumed, "error.txt").read_text()
 # Sharded weights: every forward pass needs both processes. Of five questions, two at once, the second process has none
 # of the last ones; and when it generates, it ends later than the first.
 settings = {"tasks": ["boolq", "social_i_qa"], "scoring_batch_size": 2}
-arguments, _ = train.parse(train.load_settings(experiment, settings | {"output_dir": folder}))
+arguments, _ = train.parse(load_settings(train.RECIPE, experiment, settings | {"output_dir": folder}))
 network, tokenizer = model.load_model(arguments.model, "float32"), model.load_tokenizer(arguments.model)
 scored, pad = [0, 0], scoring._pad_left
 def counting(rows, *others):
@@ -231,14 +233,14 @@ def test_the_batch_is_that_of_all_processes_together(size, accumulation, world, 
     training = SimpleNamespace(
         per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, world_size=world
     )
-    train._share_batch(training)
+    share_batch(training)
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == expected
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():
     training = SimpleNamespace(per_device_train_batch_size=4, gradient_accumulation_steps=4, world_size=3)
     with pytest.raises(ValueError, match="per_device_train_batch_size 4 x gradient_accumulation_steps 4 .* among 3"):
-        train._share_batch(training)
+        share_batch(training)
 
 
 def test_accelerate_cannot_change_the_number_format_of_an_experiment(preset, monkeypatch, tmp_path):
@@ -267,7 +269,7 @@ def test_only_the_main_process_starts_runs_and_only_on_one_node(module, monkeypa
     assert module.main(words) == 2
     assert "run on one node, but were launched on 2: launch recipes.commonsense.train" in capsys.readouterr().err
     monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
-    assert processes.python()[-1] == "--nproc_per_node=8"
+    assert processes.python("recipes.commonsense")[-1] == "--nproc_per_node=8"
     monkeypatch.setenv("RANK", "1")
     assert module.main(words) == 0
     assert not list(tmp_path.iterdir())
