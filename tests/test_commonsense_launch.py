@@ -21,7 +21,9 @@ from commonsense_tiny import write_data, write_model, write_preset
 from conftest import launch
 from recipes import files, processes, rundir
 from recipes.commonsense import compare, report, search
+from recipes.commonsense.train import RECIPE, parse
 from recipes.launch import share_batch
+from recipes.settings import load_settings
 from test_commonsense_run import ENVIRONMENT, ROOT, losses, run
 from test_docs import check_command
 
@@ -244,19 +246,19 @@ def test_a_batch_that_cannot_be_divided_is_refused():
 
 
 def test_accelerate_cannot_change_the_number_format_of_an_experiment(preset, monkeypatch, tmp_path):
-    settings = train.load_settings(preset / "lora.yaml", {"output_dir": str(tmp_path)})
+    settings = load_settings(RECIPE, preset / "lora.yaml", {"output_dir": str(tmp_path)})
     settings["use_cpu"] = True
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     with pytest.raises(ValueError, match="mixed_precision is 'bf16' in accelerate's configuration, but 'no' in the"):
-        train.parse(settings)
-    train.parse(settings | {"bf16": True})
+        parse(settings)
+    parse(settings | {"bf16": True})
 
 
 def test_processes_that_would_train_by_themselves_are_refused(preset, monkeypatch, tmp_path):
-    settings = train.load_settings(preset / "lora.yaml", {"output_dir": str(tmp_path)})
+    settings = load_settings(RECIPE, preset / "lora.yaml", {"output_dir": str(tmp_path)})
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were started, but each would train by itself on"):
-        train.parse(settings | {"use_cpu": False})
+        parse(settings | {"use_cpu": False})
 
 
 @pytest.mark.parametrize("module", [compare, search])
