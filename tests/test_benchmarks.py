@@ -162,6 +162,9 @@ def test_quality_runs_every_variant_once_and_continues(tmp_path, text, experimen
     assert 1 < run["perplexity"] < 400
     with pytest.raises(SystemExit):
         quality.main([*words, "--variants", "theirs"])
+    with pytest.raises(SystemExit):
+        quality.main([*words, "--learning_rates", "7"])
+    assert "no chosen variant" in capsys.readouterr().err
 
     content = report.gather(folder)
     assert len(content["runs"]) == 3 and content["experiment"]["steps"] == 6

@@ -19,8 +19,11 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from commonsense_tiny import write_data, write_model, write_preset
 from conftest import launch
-from recipes import files
-from recipes.commonsense import compare, processes, report, rundir, search, train
+from recipes import files, processes, rundir
+from recipes.commonsense import compare, report, search
+from recipes.commonsense.train import RECIPE, parse
+from recipes.launch import share_batch
+from recipes.settings import load_settings
 from test_commonsense_run import ENVIRONMENT, ROOT, losses, run
 from test_docs import check_command
 
@@ -31,8 +34,12 @@ WORDS = ["--num_train_epochs", "5", "--per_device_train_batch_size", "2", "--gra
 
 @pytest.fixture(scope="module")
 def preset(tmp_path_factory) -> Path:
+    """Without use_cpu: several processes have to know by themselves that there is no GPU, which the tests see to."""
     folder = tmp_path_factory.mktemp("tiny")
-    return write_preset(folder / "tiny", write_model(folder / "model"), write_data(folder / "data", test=5))
+    tiny = write_preset(folder / "tiny", write_model(folder / "model"), write_data(folder / "data", test=5))
+    base = tiny / "base.yaml"
+    base.write_text(base.read_text().replace("use_cpu: true\n", ""))
+    return tiny
 
 
 def find_process(rank: int, word: str) -> int | None:
@@ -57,7 +64,9 @@ def killed(preset, tmp_path_factory) -> SimpleNamespace:
     command += ["-m", "recipes.commonsense.compare", str(preset), "--output_dir", str(folder)]
     command += ["--methods", "fira-full", *WORDS]
     with (folder / "out.txt").open("w") as out, (folder / "err.txt").open("w") as err:
-        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=out, stderr=err)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}, stdout=out, stderr=err
+        )
         deadline = time.monotonic() + 120
         while not (checkpoint := rundir.last_checkpoint(run_folder)):
             assert process.poll() is None, (folder / "err.txt").read_text()[-3000:]
@@ -92,6 +101,7 @@ from torch.distributed.fsdp import fully_shard
 
 from recipes import files
 from recipes.commonsense import data, model, scoring, train
+from recipes.settings import load_settings
 
 torch.set_num_threads(1)
 experiment, resumed, folder, *words = sys.argv[1:]
@@ -112,7 +122,7 @@ assert status == 0, Path(resumed, "error.txt").read_text()
 # Sharded weights: every forward pass needs both processes. Of five questions, two at once, the second process has none
 # of the last ones; and when it generates, it ends later than the first.
 settings = {"tasks": ["boolq", "social_i_qa"], "scoring_batch_size": 2}
-arguments, _ = train.parse(train.load_settings(experiment, settings | {"output_dir": folder}))
+arguments, _ = train.parse(load_settings(train.RECIPE, experiment, settings | {"output_dir": folder}))
 network, tokenizer = model.load_model(arguments.model, "float32"), model.load_tokenizer(arguments.model)
 scored, pad = [0, 0], scoring._pad_left
 def counting(rows, *others):
@@ -153,7 +163,7 @@ def found(killed, preset, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def single(preset, tmp_path_factory) -> dict:
     """What one process makes of the same experiment."""
-    return run(preset, "fira-full", tmp_path_factory.mktemp("single"), *WORDS, "--seed", "42")
+    return run(preset, "fira-full", tmp_path_factory.mktemp("single"), *WORDS, "--seed", "42", "--use_cpu", "true")
 
 
 def test_a_run_killed_in_two_processes_ends_as_if_one_had_run_through(killed, found, single):
@@ -163,7 +173,7 @@ def test_a_run_killed_in_two_processes_ends_as_if_one_had_run_through(killed, fo
     assert not list(killed.run.glob("checkpoint-*"))
     assert (killed.run / "model" / "model.safetensors").is_file()
     # The same batches: a step takes one micro-batch of each process.
-    assert result["settings"] == single["settings"]
+    assert result["settings"] | {"use_cpu": True} == single["settings"]
     assert [of_one["all_settings"]["gradient_accumulation_steps"] for of_one in (result, single)] == [1, 2]
     first, second = ({step: loss for step, loss, _ in losses(of_one) if loss} for of_one in (result, single))
     assert len(first) == 35  # every second step
@@ -225,14 +235,30 @@ def test_the_batch_is_that_of_all_processes_together(size, accumulation, world, 
     training = SimpleNamespace(
         per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, world_size=world
     )
-    train._share_batch(training)
+    share_batch(training)
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == expected
 
 
 def test_a_batch_that_cannot_be_divided_is_refused():
     training = SimpleNamespace(per_device_train_batch_size=4, gradient_accumulation_steps=4, world_size=3)
     with pytest.raises(ValueError, match="per_device_train_batch_size 4 x gradient_accumulation_steps 4 .* among 3"):
-        train._share_batch(training)
+        share_batch(training)
+
+
+def test_accelerate_cannot_change_the_number_format_of_an_experiment(preset, monkeypatch, tmp_path):
+    settings = load_settings(RECIPE, preset / "lora.yaml", {"output_dir": str(tmp_path)})
+    settings["use_cpu"] = True
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ValueError, match="mixed_precision is 'bf16' in accelerate's configuration, but 'no' in the"):
+        parse(settings)
+    parse(settings | {"bf16": True})
+
+
+def test_processes_that_would_train_by_themselves_are_refused(preset, monkeypatch, tmp_path):
+    settings = load_settings(RECIPE, preset / "lora.yaml", {"output_dir": str(tmp_path)})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started, but each would train by itself on"):
+        parse(settings | {"use_cpu": False})
 
 
 @pytest.mark.parametrize("module", [compare, search])
@@ -245,7 +271,7 @@ def test_only_the_main_process_starts_runs_and_only_on_one_node(module, monkeypa
     assert module.main(words) == 2
     assert "run on one node, but were launched on 2: launch recipes.commonsense.train" in capsys.readouterr().err
     monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
-    assert processes.python()[-1] == "--nproc_per_node=8"
+    assert processes.python("recipes.commonsense")[-1] == "--nproc_per_node=8"
     monkeypatch.setenv("RANK", "1")
     assert module.main(words) == 0
     assert not list(tmp_path.iterdir())

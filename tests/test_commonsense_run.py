@@ -17,8 +17,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from commonsense_tiny import WORDS, write_data, write_model, write_preset
-from recipes import files, measure
-from recipes.commonsense import compare, report, rundir, scoring, search, train
+from recipes import files, measure, rundir
+from recipes.commonsense import compare, report, scoring, search, train
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

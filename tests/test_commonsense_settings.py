@@ -9,7 +9,8 @@ import pytest
 
 from commonsense_tiny import WORDS, write_data, write_model
 from recipes.commonsense import model, train
-from recipes.commonsense.settings import EXPERIMENTS, METHODS, load_settings, read_overrides, to_argv
+from recipes.commonsense.settings import METHODS, RECIPE
+from recipes.settings import load_settings, read_overrides, to_argv
 
 
 @pytest.fixture
@@ -27,7 +28,9 @@ def experiment(tmp_path):
 def test_an_experiment_states_what_differs_from_its_defaults(experiment):
     experiment("learning_rate: 1e-4\nseed: 1\ntasks: [boolq]\n", "base.yaml")
     path = experiment("defaults: base.yaml\nmethod: fira-full\nseed: 2\n")
-    settings = load_settings(path, read_overrides(["--max-steps", "3", "fp16=false", "--tasks", "piqa", "boolq"]))
+    settings = load_settings(
+        RECIPE, path, read_overrides(["--max-steps", "3", "fp16=false", "--tasks", "piqa", "boolq"])
+    )
     assert settings == {
         "learning_rate": 1e-4,
         "seed": 2,
@@ -106,10 +109,10 @@ def test_a_missing_experiment_is_an_error(capsys):
 
 
 @pytest.mark.parametrize(
-    "path", sorted(EXPERIMENTS.glob("*/*-*.yaml")) + sorted(EXPERIMENTS.glob("*/lora.yaml")), ids=str
+    "path", sorted(RECIPE.experiments.glob("*/*-*.yaml")) + sorted(RECIPE.experiments.glob("*/lora.yaml")), ids=str
 )
 def test_every_experiment_is_valid_and_says_how_to_launch_it(path):
-    settings = load_settings(path, {})
+    settings = load_settings(RECIPE, path, {})
     assert settings["method"] == path.stem
     arguments, _ = train.parse(settings | {"use_cpu": True, "fp16": False, "bf16": False})
     assert arguments.method in METHODS
@@ -121,7 +124,7 @@ def test_every_experiment_is_valid_and_says_how_to_launch_it(path):
 
 def test_presets_have_their_methods():
     def methods(preset):
-        return {path.stem for path in (EXPERIMENTS / preset).glob("*.yaml")} - {"base"}
+        return {path.stem for path in (RECIPE.experiments / preset).glob("*.yaml")} - {"base"}
 
     assert methods("smoke") == {"lora", "fira-on-lora", "fira-full"}
     assert methods("smollm2") == methods("llama7b") == set(METHODS)
@@ -130,7 +133,7 @@ def test_presets_have_their_methods():
 @pytest.mark.parametrize("method", METHODS)
 def test_dry_run_of_llama_7b_needs_no_weights(method, tmp_path, capsys):
     write_data(tmp_path, train=40)
-    path = EXPERIMENTS / "llama7b" / f"{method}.yaml"
+    path = RECIPE.experiments / "llama7b" / f"{method}.yaml"
     words = ["--dry_run", "--data_dir", str(tmp_path), "--train_file", "null", "--val_set_size", "20"]
     assert train.main([str(path), *words]) == 0
     output = capsys.readouterr().out
@@ -149,7 +152,7 @@ def test_dry_run_of_llama_7b_needs_no_weights(method, tmp_path, capsys):
 
 
 def test_dry_run_names_targets_and_data_that_are_not_there(tmp_path, capsys):
-    path = str(EXPERIMENTS / "llama7b" / "lora.yaml")
+    path = str(RECIPE.experiments / "llama7b" / "lora.yaml")
     assert train.main([path, "--dry_run", "--target_modules", "q_prog"]) == 2
     assert "'q_prog' matches no module of the model" in capsys.readouterr().err
     assert train.main([path, "--dry_run", "--train_file", str(tmp_path / "none.json")]) == 2
@@ -162,7 +165,7 @@ def test_dry_run_names_targets_and_data_that_are_not_there(tmp_path, capsys):
 
 def test_a_model_without_linear_layers_is_an_error(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 0, "vocab_size": 8}')
-    path = EXPERIMENTS / "llama7b" / "fira-full.yaml"
+    path = RECIPE.experiments / "llama7b" / "fira-full.yaml"
     assert train.main([str(path), "--dry_run", "--model_config", str(tmp_path / "config.json")]) == 2
     assert "target_modules: 'q_proj' matches no module of the model" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 import re
@@ -21,6 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*).*?\n(?P<body>.*?)^ *```\s*?$", re.MULTILINE | re.DOTALL)
 REASON = re.compile(r"<!-- not run: (.+?) -->\s*\Z")
+RECIPES = {"recipes.commonsense", "recipes.pretraining"}  # what they train is said by experiments
 OTHERS = {"cd", "git", "ls", "pre-commit", "pytest", "python", "ruff"}  # only the files they name are checked
 
 
@@ -108,21 +110,22 @@ def read_help(*command: str) -> str:
     return result.stdout
 
 
-def check_experiment(experiment: str, *overrides: str) -> None:
+def check_experiment(package: str, experiment: str, *overrides: str) -> None:
     """The training script reads the experiment with these overrides, here without its device and number formats."""
-    from recipes.commonsense.settings import load_settings, read_overrides
-    from recipes.commonsense.train import parse
+    from recipes.settings import load_settings, read_overrides
 
-    settings = load_settings(ROOT / experiment, read_overrides(list(overrides)))
+    train = importlib.import_module(f"{package}.train")
+    settings = load_settings(train.RECIPE, ROOT / experiment, read_overrides(list(overrides)))
     settings.pop("dry_run", None)
-    parse({"output_dir": "out"} | settings | {"use_cpu": True, "fp16": False, "bf16": False})
+    train.parse({"output_dir": "out"} | settings | {"use_cpu": True, "fp16": False, "bf16": False})
 
 
 def check_module(module: str, arguments: list[str]) -> None:
     """A module of the project that documents each flag, or passes it on to a script that knows it."""
     assert importlib.util.find_spec(module), f"no module {module}"
-    if module == "recipes.commonsense.train":
-        check_experiment(*arguments)
+    package, _, script = module.rpartition(".")
+    if package in RECIPES and script == "train":
+        check_experiment(package, *arguments)
         return
     subcommand = arguments[:1] if module == "fira_hf.cli" else []
     flags = set(re.findall(r"--[\w-]+", read_help(module, *subcommand)))
@@ -133,11 +136,12 @@ def check_module(module: str, arguments: list[str]) -> None:
             known = argument.split("=")[0] in flags
         if not known:
             passed_on.append(argument)
-    if module in {"recipes.commonsense.compare", "recipes.commonsense.search"}:
-        from recipes.commonsense.runner import find_experiments
+    if package in RECIPES and script in {"compare", "search"}:
+        from recipes.runner import find_experiments
 
-        for experiment in find_experiments(arguments[0], None).values():
-            check_experiment(str(experiment), *passed_on)
+        recipe = importlib.import_module(f"{package}.settings").RECIPE
+        for experiment in find_experiments(recipe, arguments[0], None).values():
+            check_experiment(package, str(experiment), *passed_on)
     else:
         assert not passed_on, f"{module} has no {passed_on[0]}"
 

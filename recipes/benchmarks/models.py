@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from recipes import files
+from recipes.pretraining.settings import RECIPE
+
 
 @dataclass(frozen=True)
 class Size:
@@ -19,14 +22,15 @@ class Size:
     rank: int
 
 
-SIZES = {
-    "tiny": Size(64, 172, 1, 2, 16),  # to try a benchmark out
-    "60m": Size(512, 1376, 8, 8, 128),
-    "130m": Size(768, 2048, 12, 12, 256),
-    "350m": Size(1024, 2736, 16, 24, 256),
-    "1b": Size(2048, 5461, 32, 24, 512),
-    "7b": Size(4096, 11008, 32, 32, 128),
-}
+def _published(name: str, rank: int) -> Size:
+    config = files.read_json(RECIPE.experiments / name / "config.json")
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+    return Size(*(config[key] for key in names), rank)
+
+
+SIZES = {"tiny": Size(64, 172, 1, 2, 16)}  # to try a benchmark out
+RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 128}
+SIZES |= {name: _published(name, rank) for name, rank in RANKS.items()}
 
 
 def matrices(size: Size, layers: int | None, dtype: torch.dtype, device: str, seed: int = 0) -> list[nn.Parameter]:

@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipes import files, measure
 from recipes.benchmarks.optimizers import build
+from recipes.text import blocks, train_tokenizer
 
 
 def load_tokens(data_dir: Path, cache: Path, vocab_size: int) -> dict[str, Tensor]:
@@ -36,12 +37,8 @@ def load_tokens(data_dir: Path, cache: Path, vocab_size: int) -> dict[str, Tenso
     if vocabulary.is_file():
         tokenizer = Tokenizer.from_file(str(vocabulary))
     else:
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-        tokenizer.train([str(data_dir / "train.txt")], trainer)
+        with (data_dir / "train.txt").open(encoding="utf-8") as lines:
+            tokenizer = train_tokenizer(lines, vocab_size)
         tokenizer.save(str(vocabulary))
     tokens = {}
     for split in ("train", "valid"):
@@ -51,11 +48,6 @@ def load_tokens(data_dir: Path, cache: Path, vocab_size: int) -> dict[str, Tenso
             torch.save(torch.tensor(tokenizer.encode(text).ids, dtype=torch.int32), path)
         tokens[split] = torch.load(path)
     return tokens
-
-
-def blocks(tokens: Tensor, length: int) -> Tensor:
-    """(blocks, length) int64, without the rest."""
-    return tokens[: len(tokens) // length * length].view(-1, length).long()
 
 
 @torch.no_grad()
@@ -187,6 +179,9 @@ def main(words: list[str] | None = None) -> int:
     data = load_tokens(options.data_dir, options.output_dir / "data", experiment["vocab_size"])
     # The first learning rate of every variant comes before the second of any: the table is of use early.
     runs = [(n, name, lr) for name in names for n, lr in enumerate(variants[name]["learning_rates"])]
+    for lr in options.learning_rates or []:
+        if lr not in {run[2] for run in runs}:
+            parser.error(f"no chosen variant of {options.experiment} has the learning rate {lr:g}: add it there")
     runs = [run for run in runs if options.learning_rates is None or run[2] in options.learning_rates]
     for _, name, lr in sorted(runs, key=lambda run: run[0]):
         for seed in options.seeds:

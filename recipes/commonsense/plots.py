@@ -1,4 +1,4 @@
-"""The two pictures of a report."""
+"""The picture of a report that only this recipe has."""
 
 from __future__ import annotations
 
@@ -7,42 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from recipes.commonsense.tasks import TASKS
-
-# Okabe and Ito's colours, which colour-blind readers tell apart; a method has the same one in every picture.
-COLOURS = {
-    "lora": "#0072B2",
-    "fira-on-lora": "#E69F00",
-    "fira-full": "#D55E00",
-    "adamw-full": "#009E73",
-    "galore-full": "#CC79A7",
-}
-MARKERS = {"lora": "o", "fira-on-lora": "s", "fira-full": "D", "adamw-full": "^", "galore-full": "v"}
-
-
-def plot_losses(runs: list[dict[str, Any]], path: Path) -> None:
-    """Training loss and validation loss by optimizer step; one line a run, one colour a method."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2)
-    panels = zip(axes, ("loss", "eval_loss"), ("training loss", "validation loss (response only)"), strict=True)
-    for axis, key, title in panels:
-        for run in runs:
-            points = [(entry["step"], entry[key]) for entry in run["history"] if key in entry]
-            if not points:
-                continue
-            method = run["method"]
-            label = method if method not in axis.get_legend_handles_labels()[1] else None
-            axis.plot(
-                *zip(*points, strict=True), color=COLOURS[method], marker=MARKERS[method], markersize=3.5, label=label
-            )
-        axis.set(title=title, xlabel="optimizer step", ylabel="loss (nats a token)")
-        axis.grid(alpha=0.3)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if axis.lines:
-            axis.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+from recipes.plots import COLOURS
 
 
 def plot_accuracy(runs: list[dict[str, Any]], path: Path) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from recipes import files
-from recipes.commonsense import processes, rundir
-from recipes.commonsense.settings import EXPERIMENTS, METHODS, load_settings, read_overrides
+from recipes import files, processes, rundir
+from recipes.settings import Recipe, load_settings, read_overrides
 
 console = Console(soft_wrap=True)
 
@@ -27,12 +26,12 @@ class Run:
     finished: bool
 
 
-def find_experiments(preset: str, methods: list[str] | None) -> dict[str, Path]:
-    """The experiments of a preset (a folder's path, or its name under experiments/), in the order of METHODS."""
-    folder = Path(preset) if Path(preset).is_dir() else EXPERIMENTS / preset
-    found = {method: folder / f"{method}.yaml" for method in METHODS if (folder / f"{method}.yaml").is_file()}
+def find_experiments(recipe: Recipe, preset: str, methods: list[str] | None) -> dict[str, Path]:
+    """The experiments of a preset (a folder's path, or its name under experiments/), in the order of the methods."""
+    folder = Path(preset) if Path(preset).is_dir() else recipe.experiments / preset
+    found = {method: folder / f"{method}.yaml" for method in recipe.methods if (folder / f"{method}.yaml").is_file()}
     if not found:
-        presets = ", ".join(sorted(path.name for path in EXPERIMENTS.iterdir()))
+        presets = ", ".join(sorted(path.name for path in recipe.experiments.iterdir()))
         raise ValueError(
             f"There is no preset {preset!r}; there are {presets}, or name a folder with <method>.yaml files."
         )
@@ -42,11 +41,11 @@ def find_experiments(preset: str, methods: list[str] | None) -> dict[str, Path]:
     return {method: path for method, path in found.items() if methods is None or method in methods}
 
 
-def plan(name: str, experiment: Path, words: list[str], folder: Path) -> Run:
+def plan(recipe: Recipe, name: str, experiment: Path, words: list[str], folder: Path) -> Run:
     """One run, checked against what its folder holds: ValueError if that is of other settings."""
     words = [*words, "--output_dir", str(folder)]
-    settings = load_settings(experiment, read_overrides(words))
-    command = [*processes.python(), "-m", "recipes.commonsense.train", str(experiment), *words]
+    settings = load_settings(recipe, experiment, read_overrides(words))
+    command = [*processes.python(recipe.package), "-m", f"{recipe.package}.train", str(experiment), *words]
     return Run(name, command, settings, folder, rundir.is_finished(folder, settings))
 
 

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from recipes.commonsense.settings import difference
 from recipes.files import read_json, write_json
+from recipes.settings import difference
 
 RESULT = "result.json"
 SETTINGS = "settings.json"

@@ -6,6 +6,10 @@ import os
 import sys
 
 
+def count() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_main() -> bool:
     """Whether this process writes the files and says what happens: the first of all, or the only one."""
     return os.environ.get("RANK", "0") == "0"
@@ -16,8 +20,8 @@ def is_first_of_node() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def python() -> list[str]:
-    """The command that starts a module of its own in as many processes as this one was started in.
+def python(package: str) -> list[str]:
+    """The command that starts a module of the package in as many processes as this one was started in.
 
     They are launched anew, rather than each starting its own: one that fails then ends the others of its run, and
     those that wait for the next run go on.
@@ -29,7 +33,7 @@ def python() -> list[str]:
     processes, nodes = os.environ["LOCAL_WORLD_SIZE"], os.environ["GROUP_WORLD_SIZE"]
     if nodes != "1":
         raise ValueError(
-            f"compare and search run on one node, but were launched on {nodes}: launch recipes.commonsense.train for "
-            "each experiment instead, then recipes.commonsense.report on the folder above their output_dir."
+            f"compare and search run on one node, but were launched on {nodes}: launch {package}.train for each "
+            f"experiment instead, then {package}.report on the folder above their output_dir."
         )
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]

@@ -1,0 +1,58 @@
+"""Run the methods of a preset one after the other and report on them: what the recipes' compare commands do."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from recipes import processes, runner
+from recipes.runner import console
+from recipes.settings import Recipe, read_overrides
+
+
+def parser(recipe: Recipe, description: str | None) -> argparse.ArgumentParser:
+    presets = ", ".join(sorted(path.name for path in recipe.experiments.iterdir()))
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("preset", help=f"{presets}, or a folder with <method>.yaml files")
+    parser.add_argument("--output_dir", type=Path, required=True, help="one folder for all runs and the report")
+    parser.add_argument("--methods", type=lambda text: text.split(","), help="default: all that the preset has")
+    return parser
+
+
+def compare(
+    recipe: Recipe, description: str | None, write_report: Callable[[Path], None], words: list[str] | None
+) -> int:
+    if not processes.is_main():
+        return 0  # the main process starts each run on all of them
+    arguments = parser(recipe, description)
+    arguments.add_argument("--seeds", type=lambda text: text.split(","), default=["42"], help="default: 42")
+    options, overrides = arguments.parse_known_args(words)
+    try:
+        if "seed" in read_overrides(overrides):
+            raise ValueError("The seed is set by --seeds.")
+        runs = [
+            runner.plan(
+                recipe,
+                f"{method}-seed{seed}",
+                experiment,
+                [*overrides, "--seed", seed],
+                options.output_dir / f"{method}-seed{seed}",
+            )
+            for seed in options.seeds
+            for method, experiment in runner.find_experiments(recipe, options.preset, options.methods).items()
+        ]
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    failed = runner.execute(runs)
+    console.rule("report")
+    write_report(options.output_dir)
+    if failed:
+        console.print(
+            f"[bold red]Failed: {', '.join(run.name for run in failed)}[/]. The same command tries them again."
+        )
+    return int(len(failed) == len(runs))

@@ -1,0 +1,61 @@
+"""What the pictures of the reports share: a colour and a marker for each method, and the curves of a training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; a method has the same one in every picture.
+COLOURS = {
+    "lora": "#0072B2",
+    "fira-on-lora": "#E69F00",
+    "fira-full": "#D55E00",
+    "adamw-full": "#009E73",
+    "galore-full": "#CC79A7",
+    "adamw": "#009E73",
+    "fira": "#D55E00",
+    "galore": "#CC79A7",
+    "apollo": "#000000",
+    "relora": "#56B4E9",
+}
+MARKERS = {
+    "lora": "o",
+    "fira-on-lora": "s",
+    "fira-full": "D",
+    "adamw-full": "^",
+    "galore-full": "v",
+    "adamw": "^",
+    "fira": "D",
+    "galore": "v",
+    "apollo": "s",
+    "relora": "P",
+}
+
+
+def plot_losses(runs: list[dict[str, Any]], path: Path, panels: list[tuple[str, str, str, str]]) -> None:
+    """Curves by optimizer step; one line a run, one colour a method.
+
+    panels: for each the figure in the history of a run, the title, the label and the scale of its axis.
+    """
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axes = figure.subplots(1, len(panels))
+    others = [method for method in dict.fromkeys(run["method"] for run in runs) if method not in COLOURS]
+    for axis, (key, title, label, scale) in zip(axes, panels, strict=True):
+        for run in runs:
+            points = [(entry["step"], entry[key]) for entry in run["history"] if key in entry]
+            if not points:
+                continue
+            method = run["method"]
+            name = method if method not in axis.get_legend_handles_labels()[1] else None
+            colour = COLOURS.get(method) or f"C{others.index(method)}"
+            marker = MARKERS.get(method, "o")
+            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3.5, label=name)
+        axis.set(title=title, xlabel="optimizer step", ylabel=label, yscale=scale)
+        axis.grid(alpha=0.3)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if axis.lines:
+            axis.legend(frameon=False)
+    figure.savefig(path, dpi=150)

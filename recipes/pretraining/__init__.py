@@ -1,0 +1,1 @@
+"""Pre-training LLaMAs from scratch: Fira beside GaLore, APOLLO, LoRA, ReLoRA and full AdamW."""

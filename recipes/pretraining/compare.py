@@ -1,0 +1,24 @@
+"""Run the methods of a preset one after the other and report on them.
+
+    python -m recipes.pretraining.compare tiny --output_dir runs/tiny [--methods adamw,fira] [--seeds 0,1]
+        [--key value ...]
+
+Further settings go to every method. The same command again skips what is complete, continues what was interrupted and
+repeats what failed.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from recipes.compare import compare
+from recipes.pretraining import report
+from recipes.pretraining.settings import RECIPE
+
+
+def main(words: list[str] | None = None) -> int:
+    return compare(RECIPE, __doc__, report.write_report, words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

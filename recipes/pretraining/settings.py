@@ -1,0 +1,90 @@
+"""The methods of this recipe, and its own arguments beside those of the Trainer. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from recipes.settings import Method, Recipe, one_of
+
+# Where data_dir does not name a folder.
+EMBEDDED = "embedded"
+C4 = "c4"
+
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+FIRA = Method(lora=False, optimizers=("fira", "fira_layerwise"))
+METHODS = {
+    "adamw": Method(lora=False, optimizers=ADAMW),
+    "fira": FIRA,
+    "galore": Method(lora=False, optimizers=("galore_adamw",)),
+    "apollo": Method(lora=False, optimizers=("apollo_adamw",)),
+    "lora": Method(lora=True, optimizers=ADAMW),
+    "relora": Method(lora=True, optimizers=ADAMW),
+    # The paper's ablation: what each is lies in optim_args and max_grad_norm of its experiment.
+    "fira-matrix": FIRA,
+    "fira-without-scaling": FIRA,
+    "fira-without-limiter": FIRA,
+    "fira-clipping": FIRA,
+    "fira-gamma-1.1": FIRA,
+    "fira-gamma-1.001": FIRA,
+    "fira-gamma-1": FIRA,
+}
+RECIPE = Recipe(
+    package="recipes.pretraining",
+    methods=METHODS,
+    paths=frozenset({"output_dir", "data_dir", "model_config", "tokenizer"}),
+    derived={
+        "optim_target_modules": "it is the linear layers of attention and MLP, as published",
+        "include_num_input_tokens_seen": "tokens are always counted, without padding",
+    },
+)
+
+
+@dataclass
+class RecipeArguments:
+    """The recipe's settings beside `transformers.TrainingArguments`."""
+
+    method: str = field(metadata={"help": "One of " + ", ".join(METHODS) + "."})
+    model_config: str = field(metadata={"help": "config.json of the LLaMA that is trained from random weights."})
+    dtype: str = field(default="float32", metadata={"help": "Of the weights: float32 or bfloat16."})
+    data_dir: str = field(
+        default=EMBEDDED,
+        metadata={
+            "help": "Folder with train.txt and valid.txt, or train.jsonl and valid.jsonl with a text a line; "
+            f"{C4}: C4-en from the hub; {EMBEDDED}: a text that Python carries."
+        },
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Path or hub name; by default one is learned from the training text."}
+    )
+    sequence_length: int = field(default=256, metadata={"help": "Tokens in a sequence."})
+    eval_tokens: int = field(default=10_000_000, metadata={"help": "Evaluate on the first so many tokens."})
+    lora_rank: int = field(default=128, metadata={"help": "Rank of LoRA's A and B."})
+    lora_alpha: int = field(default=32, metadata={"help": "LoRA's scale is lora_alpha / lora_rank."})
+    relora_interval: int | None = field(
+        default=None, metadata={"help": "Optimizer steps after which A and B are merged and begin anew (relora)."}
+    )
+    relora_warmup: int | None = field(
+        default=None, metadata={"help": "Optimizer steps of warm-up after each such restart (relora)."}
+    )
+    keep_model: bool = field(default=True, metadata={"help": "Save the trained model in output_dir/model."})
+
+    def __post_init__(self) -> None:
+        one_of("method", self.method, METHODS)
+        one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        for name in ("sequence_length", "eval_tokens", "lora_rank", "lora_alpha", "relora_interval", "relora_warmup"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        for name in ("relora_interval", "relora_warmup"):
+            if self.method == "relora" and getattr(self, name) is None:
+                raise ValueError(f"method relora needs {name}; set it to a number of optimizer steps.")
+            if self.method != "relora" and getattr(self, name) is not None:
+                raise ValueError(f"method {self.method} has no restarts, but {name} is set; leave it out.")
+        if self.relora_interval and self.relora_warmup and self.relora_warmup >= self.relora_interval:
+            raise ValueError(
+                f"relora_warmup is {self.relora_warmup}; it must be less than relora_interval, {self.relora_interval}."
+            )
+        if self.data_dir == C4 and self.tokenizer is None:
+            raise ValueError(
+                f"data_dir {C4} is a stream, from which no tokenizer is learned; set tokenizer (t5-base)."
+            )

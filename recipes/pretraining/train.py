@@ -1,0 +1,89 @@
+"""Train a LLaMA from random weights by one method, and write result.json.
+
+    python -m recipes.pretraining.train recipes/pretraining/experiments/tiny/fira.yaml [--key value ...]
+
+Keys are those of `RecipeArguments` (settings.py) and of `transformers.TrainingArguments`. The same command continues a
+run that was interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+import fira_hf  # registers optim="fira"
+from recipes import launch, measure
+from recipes.pretraining import data
+from recipes.pretraining.model import add_lora, build, load_config
+from recipes.pretraining.relora import Restarts
+from recipes.pretraining.settings import C4, METHODS, RECIPE, RecipeArguments
+
+
+def parse(settings: dict[str, Any]) -> tuple[RecipeArguments, TrainingArguments]:
+    """Settings -> typed arguments. Raises ValueError for an unknown key or a value of the wrong kind."""
+    arguments, training = launch.parse(settings, RecipeArguments)
+    if arguments.data_dir == C4 and training.max_steps < 1:
+        raise ValueError(f"data_dir {C4} is a stream without an end; set max_steps to a number of optimizer steps.")
+    if not training.optim.startswith("adamw"):
+        training.optim_target_modules = ["attn", "mlp"]  # as published: linear layers with these in their names
+    training.include_num_input_tokens_seen = "non_padding"
+    return arguments, training
+
+
+def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, Any]:
+    """Train; returns what the run found out."""
+    config = load_config(arguments.model_config)
+    tokenizer, train, valid = data.load(arguments, config.vocab_size, training.seed)
+    config.eos_token_id = tokenizer.eos_token_id
+    set_seed(training.seed)
+    model = build(config, arguments)
+    parameters = model.num_parameters()
+    lora = add_lora(model, arguments) if METHODS[arguments.method].lora else None
+    callbacks: list[TrainerCallback] = [measure.StepTime()]
+    if training.optim.startswith("fira"):
+        callbacks.append(fira_hf.FiraCallback())
+    if arguments.method == "relora":
+        callbacks.append(Restarts(arguments.relora_interval, arguments.relora_warmup))
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=train,
+        eval_dataset=valid,
+        data_collator=functools.partial(data.collate, length=arguments.sequence_length),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=launch.checkpoint(Path(training.output_dir)))
+    memory = measure.peak_memory()
+    loss = launch.validate(trainer)
+    found = launch.figures(trainer, trainer.state.num_input_tokens_seen)
+    for entry in found["history"]:
+        if "eval_loss" in entry:
+            entry["perplexity"] = perplexity(entry["eval_loss"])
+    if arguments.keep_model:
+        if lora is not None:
+            lora.merge_and_unload()
+        launch.save_model(trainer)
+    return found | {
+        "parameters": parameters,
+        "peak_memory": memory,
+        "eval_loss": loss,
+        "perplexity": perplexity(loss),
+        "eval_tokens": sum(map(len, valid["input_ids"])),
+    }
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf  # larger ones no float can hold
+
+
+def main(words: list[str] | None = None) -> int:
+    return launch.main(RECIPE, __doc__, words, parse, run)
+
+
+if __name__ == "__main__":
+    launch.leave(main())

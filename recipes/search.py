@@ -1,0 +1,68 @@
+"""Choose one setting for each method of a preset by the validation loss: what the recipes' search commands do."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+from rich.table import Table
+
+from recipes import files, processes, rundir, runner
+from recipes.compare import parser
+from recipes.runner import console
+from recipes.settings import Recipe
+
+
+def search(
+    recipe: Recipe, description: str | None, minimised: str, not_needed: list[str], words: list[str] | None
+) -> int:
+    """`minimised` says what eval_loss is; `not_needed` are settings that leave out what a search does not look at."""
+    if not processes.is_main():
+        return 0  # the main process starts each run on all of them
+    arguments = parser(recipe, description)
+    arguments.add_argument("--values", required=True, help="learning_rate=1e-5,3e-5,1e-4")
+    options, overrides = arguments.parse_known_args(words)
+    key, _, values = options.values.partition("=")
+    runs: dict[str, dict[str, runner.Run]] = {}
+    try:
+        if not values:
+            raise ValueError(f"--values is {options.values!r}; write key=value,value,...")
+        for method, experiment in runner.find_experiments(recipe, options.preset, options.methods).items():
+            runs[method] = {}
+            for value in values.split(","):
+                name = f"{method}-{key}-{value}"
+                changes = [*overrides, f"--{key}", value, *not_needed]
+                runs[method][value] = runner.plan(recipe, name, experiment, changes, options.output_dir / name)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    runner.execute([run for of_method in runs.values() for run in of_method.values()])
+
+    found = {method: _choose(of_method) for method, of_method in runs.items()}
+    files.write_json(options.output_dir / "search.json", {"setting": key, "minimised": minimised, "methods": found})
+    _print(key, found)
+    return int(all(of_method["best"] is None for of_method in found.values()))
+
+
+def _choose(runs: dict[str, runner.Run]) -> dict[str, Any]:
+    """The loss of each value (None where the run failed or diverged) and the best value."""
+    losses = {}
+    for value, run in runs.items():
+        loss = files.read_json(run.folder / rundir.RESULT).get("eval_loss")
+        losses[value] = loss if loss is not None and math.isfinite(loss) else None
+    finite = {value: loss for value, loss in losses.items() if loss is not None}
+    best = min(finite, key=finite.__getitem__, default=None)
+    ends = {min(losses, key=float), max(losses, key=float)}
+    return {"losses": losses, "best": best, "at_the_edge": len(losses) > 1 and best in ends}
+
+
+def _print(key: str, found: dict[str, dict[str, Any]]) -> None:
+    values = list(dict.fromkeys(value for of_method in found.values() for value in of_method["losses"]))
+    table = Table("method", *values, "best", title=f"validation loss by {key}")
+    for method, of_method in found.items():
+        losses = [of_method["losses"][value] for value in values]
+        cells = ["-" if loss is None else f"{loss:.4f}" for loss in losses]
+        note = " (at the edge: widen the search)" if of_method["at_the_edge"] else ""
+        table.add_row(method, *cells, f"{of_method['best']}{note}")
+    console.print(table)

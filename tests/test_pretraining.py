@@ -1,0 +1,236 @@
+"""The pre-training recipe from end to end, on a LLaMA of two tiny layers: train, restart, resume, compare, search."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from pretraining_tiny import BATCH, CONFIG, LENGTH, METHODS, STEPS, write_preset
+from recipes import rundir
+from recipes.pretraining import compare, report, search, train
+from recipes.pretraining.model import add_lora
+from recipes.pretraining.relora import Restarts, restart
+from recipes.pretraining.settings import RecipeArguments
+
+ROOT = Path(__file__).parents[1]
+DENSE = 2 * 300 * 32 + 5 * 32  # embeddings, output head, norms
+MATRICES = 2 * (4 * 32 * 32 + 3 * 32 * 80)
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory) -> Path:
+    return write_preset(tmp_path_factory.mktemp("pretraining") / "tiny")
+
+
+def run(preset: Path, method: str, folder: Path, *words: str) -> dict:
+    """Train in this process; the result."""
+    code = train.main([str(preset / f"{method}.yaml"), "--output_dir", str(folder), *words])
+    result = json.loads((folder / "result.json").read_text())
+    assert code == (result["status"] != "ok")
+    return result
+
+
+def curve(result: dict) -> list[tuple]:
+    kept = ("step", "loss", "eval_loss", "learning_rate", "grad_norm", "num_input_tokens_seen")
+    return [tuple(entry.get(key) for key in kept) for entry in result["history"]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_records_what_it_did(preset, method, tmp_path):
+    if method in ("galore", "apollo"):
+        pytest.importorskip({"galore": "galore_torch", "apollo": "apollo_torch"}[method])
+    result = run(preset, method, tmp_path)
+    assert (result["status"], result["steps"], result["method"]) == ("ok", STEPS, method)
+    assert result["parameters"] == DENSE + MATRICES
+    lora = 2 * 4 * (4 * (32 + 32) + 3 * (32 + 80))  # two layers, rank 4
+    assert result["trainable_parameters"] == DENSE + (lora if "lora" in method else MATRICES)
+    assert result["training_tokens"] == STEPS * BATCH * LENGTH
+    assert result["tokens_per_second"] == pytest.approx(result["training_tokens"] / result["train_seconds"])
+    assert result["history"][-2]["num_input_tokens_seen"] == result["training_tokens"]
+    assert result["peak_memory"]["bytes"] > 1e8
+    assert result["train_loss"] < result["history"][0]["loss"] - 0.3
+    evaluations = [entry for entry in result["history"] if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [6, 12]
+    for entry in [*evaluations, result]:
+        assert entry["perplexity"] == pytest.approx(math.exp(entry["eval_loss"]))
+    assert result["eval_loss"] == evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
+    assert ("fira_limiter_active" in result["history"][0]) == (method == "fira")
+    adamw_state = 2 * 4 * result["trainable_parameters"]
+    if method in ("adamw", "lora", "relora"):
+        assert result["optimizer_state_bytes"] == pytest.approx(adamw_state, rel=1e-2)
+    else:
+        assert result["optimizer_state_bytes"] < adamw_state
+    assert result["provenance"]["versions"].keys() >= {"torch", "transformers", "peft", "fira_hf"}
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+    # The kept model is a plain LLaMA, adapters merged, and has the loss that is reported.
+    model, loading = LlamaForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    tokens = torch.tensor(tokenizer((preset / "text" / "valid.txt").read_text())["input_ids"])
+    rows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
+    assert result["eval_tokens"] == rows.numel()
+    with torch.no_grad():
+        assert model(input_ids=rows, labels=rows).loss.item() == pytest.approx(result["eval_loss"], rel=1e-4)
+
+
+def test_fira_projects_the_matrices_of_attention_and_mlp(preset, tmp_path, capsys):
+    run(preset, "fira", tmp_path, "--max_steps", "1", "--keep_model", "false")
+    assert f"Fira projects 14 matrices (14 at rank 4) with {MATRICES:,} of" in capsys.readouterr().out
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_restart_merges_the_adapters_and_begins_them_anew():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    arguments = RecipeArguments(
+        method="relora", model_config="", lora_rank=4, lora_alpha=8, relora_interval=4, relora_warmup=2
+    )
+    add_lora(model, arguments)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-2)
+    rows = torch.randint(0, 300, (4, LENGTH))
+    for _ in range(3):
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    layer = model.model.layers[0].mlp.up_proj
+    a, b, base = (layer.lora_A.default.weight, layer.lora_B.default.weight, layer.base_layer.weight)
+    expected = base + 8 / 4 * b @ a
+    old_a, old_base = a.clone(), base.clone()
+    output = model(input_ids=rows).logits
+
+    restart(model, optimizer)
+    torch.testing.assert_close(model(input_ids=rows).logits, output)  # merged weights: the adapter's output
+    torch.testing.assert_close(base, expected)
+    assert (base - old_base).abs().max() > 1e-3
+    assert torch.count_nonzero(b) == 0
+    assert torch.linalg.matrix_rank(torch.cat([a, old_a])) == 8  # drawn anew
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name, p in named.items() if p not in optimizer.state} == {n for n in named if "lora_" in n}
+    model(input_ids=rows, labels=rows).loss.backward()
+    optimizer.step()
+    assert optimizer.state[b]["step"] == 1
+    assert optimizer.state[model.lm_head.weight]["step"] == 4
+
+
+def test_relora_restarts_at_its_interval(preset, tmp_path, monkeypatch):
+    counts = []
+
+    def count_and_restart(model, optimizer):
+        counts.append(optimizer.state[model.lm_head.weight]["step"].item())
+        restart(model, optimizer)
+
+    monkeypatch.setattr("recipes.pretraining.relora.restart", count_and_restart)
+    result = run(preset, "relora", tmp_path)
+    assert counts == [4, 8]  # not after the last step
+    assert min(entry["learning_rate"] for entry in result["history"] if "learning_rate" in entry) == 0.005
+
+
+def test_every_process_draws_the_same_adapters():
+    """Whatever else has drawn random numbers there; and the restart takes none from them."""
+    drawn, following = [], []
+    for seed in (1, 2):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+        add_lora(model, RecipeArguments(method="lora", model_config="", lora_rank=4))
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+        before = torch.manual_seed(seed).get_state()
+        state = SimpleNamespace(global_step=4, max_steps=12)
+        Restarts(4, 2).on_step_end(SimpleNamespace(seed=0), state, None, model=model, optimizer=optimizer)
+        following.append(torch.equal(before, torch.get_rng_state()))
+        drawn.append(model.model.layers[0].mlp.up_proj.lora_A.default.weight)
+    assert torch.equal(*drawn)
+    assert all(following)
+
+
+def test_the_learning_rate_warms_up_after_a_restart_and_then_follows_its_schedule():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 100)
+    Restarts(interval=5, warmup=3).on_train_begin(None, None, None, lr_scheduler=scheduler)
+    rates = []
+    for _ in range(12):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    warm_up = [1, 1, 1, 1, 1, 1 / 3, 2 / 3, 1, 1, 1, 1 / 3, 2 / 3]
+    assert rates == pytest.approx([factor * (1 - step / 100) for step, factor in enumerate(warm_up)])
+
+
+@pytest.mark.parametrize("method", ["fira", "relora"])
+def test_a_killed_run_ends_as_if_it_had_not_been(preset, method, tmp_path, capsys):
+    """Continued in the middle of a pass over the text, of which there are several in different orders."""
+    words = ["--max_steps", "120", "--save_steps", "15", "--save_total_limit", "2", "--eval_steps", "30"]
+    whole = run(preset, method, tmp_path / "whole", *words)
+    assert whole["history"][-1]["epoch"] > 2
+    killed = tmp_path / "killed"
+    experiment = str(preset / f"{method}.yaml")
+    command = [sys.executable, "-m", "recipes.pretraining.train", experiment, "--output_dir", str(killed), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not rundir.last_checkpoint(killed):
+        assert process.poll() is None, "it ended before it had a checkpoint"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "result.json").exists()
+
+    resumed = run(preset, method, killed, *words)
+    assert "Continuing from" in capsys.readouterr().out
+    assert curve(resumed) == curve(whole)
+    for key in ("train_loss", "eval_loss", "perplexity", "training_tokens", "optimizer_state_bytes"):
+        assert resumed[key] == whole[key]
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """`compare` and `search` start processes, which here are calls of the training script."""
+
+    def call(command: list[str], **_) -> subprocess.CompletedProcess:
+        assert command[:3] == [sys.executable, "-m", "recipes.pretraining.train"]
+        return subprocess.CompletedProcess(command, train.main(command[3:]))
+
+    monkeypatch.setattr("recipes.runner.subprocess", SimpleNamespace(run=call))
+
+
+def test_compare_writes_one_report_over_methods_and_seeds(preset, tmp_path, in_this_process):
+    words = ["--methods", "adamw,relora", "--seeds", "0,1", "--keep_model", "false", "--max_steps", "8"]
+    assert compare.main([str(preset), "--output_dir", str(tmp_path), *words]) == 0
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert [(r["method"], r["seed"]) for r in runs] == [("adamw", 0), ("adamw", 1), ("relora", 0), ("relora", 1)]
+    text = (tmp_path / "report.md").read_text()
+    first = [r["perplexity"] for r in runs if r["method"] == "adamw"]
+    assert f"| adamw | {sum(first) / 2:,.2f} ± " in text
+    assert f"with {DENSE + MATRICES:,} parameters" in text
+    assert f"{8 * BATCH * LENGTH:,} training tokens in 8 optimizer steps" in text
+    assert "- relora: learning_rate" not in text  # shared settings stand once
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert report.main([str(tmp_path / "results.json")]) == 0
+    assert (tmp_path / "report.md").read_text() == text
+
+
+def test_search_takes_the_lowest_validation_loss(preset, tmp_path, in_this_process, capsys):
+    words = ["--methods", "adamw", "--values", "learning_rate=1e-5,1e-2", "--max_steps", "6"]
+    assert search.main([str(preset), "--output_dir", str(tmp_path), *words]) == 0
+    found = json.loads((tmp_path / "search.json").read_text())
+    assert "validation text" in found["minimised"]
+    losses = found["methods"]["adamw"]["losses"]
+    assert losses["1e-2"] < losses["1e-5"]
+    assert found["methods"]["adamw"]["best"] == "1e-2"
+    assert not list(tmp_path.glob("*/model"))
