@@ -100,10 +100,10 @@ def _take(matrix: Matrix, Q: Tensor | None, wait: int, group: dict[str, Any]) ->
 
 
 def _change_basis(matrix: Matrix, Q: Tensor, group: dict[str, Any]) -> None:
-    C = matrix["basis"].float().t() @ Q
     if group["moments"] == "aligned":
-        Q = Q @ nearest_rotation(C.t())
+        Q = Q @ nearest_rotation(Q.t() @ matrix["basis"].float())
     elif group["moments"] == "rotated":
+        C = matrix["basis"].float().t() @ Q
         b1, b2 = (F.bias_correction(beta, matrix["step"]) for beta in group["betas"])
         M, V = (matrix[name].float() for name in MOMENTS)
         F.rotate_moments(M, V, C, b2 / b1.square())

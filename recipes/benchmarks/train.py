@@ -35,10 +35,10 @@ LORA = ["lora_A", "lora_B"]
 # method -> whether LoRA wraps the model, the optimizer, its arguments, what it projects
 METHODS: dict[str, tuple[bool, str, str | None, list[str] | None]] = {
     "adamw-full": (False, "adamw_torch_fused", None, None),
-    "fira-full": (False, "fira", "rank={rank}, update_proj_gap={gap}", FULL),
+    "fira-full": (False, "fira", "rank={rank}", FULL),
     "galore-full": (False, "galore_adamw", "rank={rank}, update_proj_gap={gap}, scale=0.25", FULL),
     "lora": (True, "adamw_torch_fused", None, None),
-    "fira-on-lora": (True, "fira", "rank=16, update_proj_gap={gap}", LORA),
+    "fira-on-lora": (True, "fira", "rank=16", LORA),
 }
 
 
@@ -123,7 +123,7 @@ def predict(method: str, options: argparse.Namespace) -> int | None:
 def main(words: list[str] | None = None) -> int:
     parser = command_line(__doc__)
     parser.add_argument("--vocab_size", type=int, default=32000)
-    parser.add_argument("--gap", type=int, default=200)
+    parser.add_argument("--gap", type=int, default=200, help="GaLore's interval; fira_hf has its defaults")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument("--gradient_checkpointing", action="store_true")
