@@ -23,8 +23,9 @@ demo: $(STAMP) ## compare Fira with LoRA on a small pretrained LLaMA (about ten 
 	$(BIN)/python -m recipes.commonsense.compare smoke --output_dir $(REPORT)
 	@echo "The report, its pictures and its figures lie in $(REPORT)/"
 
-test: lint ## lint, types and all tests
-	$(BIN)/python -m pytest
+test: export OMP_NUM_THREADS := 1
+test: lint ## lint, types and all tests, in two processes
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(STAMP) ## ruff and mypy, changing nothing
 	$(BIN)/ruff check

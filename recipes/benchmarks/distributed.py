@@ -238,7 +238,7 @@ def main(words: list[str] | None = None) -> int:
     one.add_argument("--processes", type=_numbers, default=[2, 3, 4])
     two.add_argument("--processes", type=_numbers, default=[1, 2, 4])
     two.add_argument("--timed", type=_numbers, default=[1, 2], help="those of --processes that are timed")
-    two.add_argument("--repeats", type=int, default=7)
+    two.add_argument("--repeats", type=int, default=5)
     for command in (one, two):
         command.add_argument("--size", choices=list(SIZES), default="60m")
         command.add_argument("--rank", type=int, help="default: the published one")
