@@ -67,6 +67,10 @@ def _is_alpha(value: Any) -> bool:
     return _is_real(value) and value > 0
 
 
+def _is_at_least_0(value: Any) -> bool:
+    return _is_real(value) and value >= 0
+
+
 def _is_betas(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_real(b) and 0 <= b < 1 for b in value)
 
@@ -77,14 +81,15 @@ def _is_one_of(*choices: str) -> tuple[Check, str]:
 
 RULES: dict[str, tuple[Check, str]] = {
     "rank": (_is_positive_int, "an integer of at least 1"),
-    "alpha": (_is_alpha, "a number above 0"),
+    "alpha": (_is_at_least_0, "a number of at least 0"),
     "update_proj_gap": (_is_positive_int, "an integer of at least 1"),
-    "gamma": (lambda v: v is None or (_is_real(v) and v >= 1), "a number of at least 1, or None for no limiter"),
+    "limiter": _is_one_of("growth", "shrink", "scale"),
+    "gamma": (lambda v: v is None or _is_alpha(v), "a number above 0, or None for no limiter"),
     "projection": _is_one_of("svd", "power", "random"),
     "refresh": _is_one_of("together", "staggered"),
     "moments": _is_one_of("kept", "rotated", "aligned"),
     "scaling": _is_one_of("column", "matrix", "none"),
-    "residual": _is_one_of("reference", "paper"),
+    "residual": _is_one_of("reference", "paper", "none"),
     "state_dtype": _is_one_of("float32", "bfloat16"),
     "stochastic_rounding": (lambda v: isinstance(v, bool), "True or False"),
     "target_modules": (
@@ -112,11 +117,12 @@ RULES: dict[str, tuple[Check, str]] = {
     ),
     "split": (_is_positive_int, "an integer of at least 1"),
     "transposed": (lambda v: isinstance(v, bool), "True or False"),
-    "lr": (lambda v: _is_real(v) and v >= 0, "a number of at least 0"),
+    "lr": (_is_at_least_0, "a number of at least 0"),
     "betas": (_is_betas, "two numbers in [0, 1)"),
-    "eps": (lambda v: _is_real(v) and v >= 0, "a number of at least 0"),
-    "weight_decay": (lambda v: _is_real(v) and v >= 0, "a number of at least 0"),
-    "dense_lr": (lambda v: v is None or (_is_real(v) and v >= 0), "a number of at least 0, or None for the same lr"),
+    "eps": (_is_at_least_0, "a number of at least 0"),
+    "correct_bias": (lambda v: isinstance(v, bool), "True or False"),
+    "weight_decay": (_is_at_least_0, "a number of at least 0"),
+    "dense_lr": (lambda v: v is None or _is_at_least_0(v), "a number of at least 0, or None for the same lr"),
 }
 
 
@@ -125,6 +131,20 @@ def check_setting(name: str, value: Any) -> None:
     is_valid, rule = RULES[name]
     if not is_valid(value):
         raise ValueError(f"{name}={value!r} is not valid: {name} must be {rule}.")
+
+
+def check_update(alpha: float, residual: str, limiter: str, gamma: float | None) -> None:
+    """Raises ValueError, naming the settings, where valid ones contradict each other."""
+    if alpha == 0 and residual != "reference":
+        raise ValueError(
+            f"alpha=0 with residual={residual!r} would update nothing: set an alpha above 0, or residual='reference', "
+            "which then applies the scaled gradient alone."
+        )
+    if gamma is not None and (gamma < 1 if limiter == "growth" else gamma > 1):
+        rule = (
+            "at least 1, the largest growth" if limiter == "growth" else "at most 1, the share of the norm that stays"
+        )
+        raise ValueError(f"gamma={gamma!r} is not valid for limiter={limiter!r}: it must be {rule}.")
 
 
 def unknown_name(kind: str, name: str, valid: list[str]) -> str:
@@ -140,10 +160,11 @@ class FiraConfig:
 
     Args:
         rank: rank of the projection; a matrix with a shorter side than this is projected at its short side.
-        alpha: scale of the low-rank update. What it does to the residual is set by `residual`.
+        alpha: scale of the low-rank update. What it does to the residual is set by `residual`. At 0 only the scaled
+            gradient is left, W -= eta phi G (the paper's only-scaling), for residual="reference".
         update_proj_gap: optimizer steps between two refreshes of a basis; published are 200 and 500.
-        gamma: threshold of the norm-growth limiter (largest growth of the residual's norm from one step to the
-            next); None switches the limiter off.
+        gamma: the limiter's number; by default the largest growth of the residual's norm from one step to the next.
+            None switches the limiter off.
         target_modules: "all-linear" (every linear layer but the output or classification head, and the stacked
             experts of a mixture), a list of names (exact, or a dotted suffix), or a regular expression that must
             match a module's full name.
@@ -167,12 +188,16 @@ class FiraConfig:
         scaling: the scale of the residual: one per row of the long side ("column", the paper's default), one per
             matrix ("matrix"), or 1 ("none").
         residual: "reference": alpha as in the published code, W -= eta (alpha N Q^T + phi (G - alpha R Q^T));
-            "paper": as in the paper, W -= eta alpha (N Q^T + phi (G - R Q^T)). The same at alpha = 1.
+            "paper": as in the paper, W -= eta alpha (N Q^T + phi (G - R Q^T)), the same at alpha = 1; "none":
+            W -= eta alpha N Q^T, which is GaLore, or with projection="random" Flora.
+        limiter: what becomes of the residual's norm, gamma = g. "growth": at most g times that of the step before;
+            "shrink": g times its own plus 1 - g times that of the step before; "scale": g times its own.
         state_dtype: of moments and basis, "float32" or "bfloat16". Moments in bf16 are rounded at random, without
             which they could not follow betas near 1.
         stochastic_rounding: whether updated bf16 weights are rounded at random to one of their two neighbours, the
             nearer the likelier, so that small updates are not lost; no effect on fp32 weights, refused for fp16.
         lr, betas, eps, weight_decay: those of AdamW; decay is decoupled. eps defaults to the published 1e-6.
+        correct_bias: whether the moments' bias is corrected. False with betas=(0.0, 0.9) is the published FiraRMSProp.
         dense_lr: learning rate of the trainable weights that are not projected; None: `lr`.
 
     Raises:
@@ -196,11 +221,13 @@ class FiraConfig:
     moments: str = "rotated"
     scaling: str = "column"
     residual: str = "reference"
+    limiter: str = "growth"
     state_dtype: str = "float32"
     stochastic_rounding: bool = False
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
+    correct_bias: bool = True
     weight_decay: float = 0.0
     dense_lr: float | None = None
 
@@ -215,6 +242,7 @@ class FiraConfig:
         for name in self.__dataclass_fields__:
             check_setting(name, getattr(self, name))
         self.betas = (self.betas[0], self.betas[1])
+        check_update(self.alpha, self.residual, self.limiter, self.gamma)
         if not self.target_modules and self.target_parameters is None:
             raise ValueError(
                 f"target_modules={self.target_modules!r} chooses nothing: name modules, or parameters in "
@@ -276,9 +304,9 @@ def _defaults(*names: str) -> dict[str, Any]:
 
 
 # What a parameter group may set beside AdamW's settings, with the defaults: any group, and one with a rank.
-SHARED_DEFAULTS = _defaults("state_dtype", "stochastic_rounding")
+SHARED_DEFAULTS = _defaults("state_dtype", "stochastic_rounding", "correct_bias")
 PROJECTED_DEFAULTS = _defaults(
-    "alpha", "update_proj_gap", "gamma", "projection", "refresh", "moments", "scaling", "residual"
+    "alpha", "update_proj_gap", "gamma", "projection", "refresh", "moments", "scaling", "residual", "limiter"
 )
 # How the matrices lie in a weight: fused parts along its output dimension, and whether it is stored (in, out).
 PROJECTED_DEFAULTS |= {"split": 1, "transposed": False}

@@ -17,7 +17,7 @@ any tensor of the weight's size exists, and the whole update is one product of r
 
     W <- (1 - lr wd) (W - eta [(alpha N - s c k phi R) Q^T + s c phi G]),      eta = lr sqrt(1 - b2^t) / (1 - b1^t)
 
-(s, k) = (1, alpha) is the published code, (alpha, 1) is the paper; they are the same at alpha = 1.
+(s, k) = (1, alpha) is the published code, (alpha, 1) is the paper, the same at alpha = 1; (0, 1) leaves S out.
 """
 
 from __future__ import annotations
@@ -157,14 +157,22 @@ def residual_norm(phi: Tensor, G_norms: Tensor, R_norms: Tensor, k: float, total
     return torch.where(norm > NEGLIGIBLE * whole, norm, torch.inf)
 
 
-def limit(norm: Tensor, previous: Tensor, gamma: float | None) -> tuple[Tensor, Tensor]:
-    """Norm-growth limiter: the factor c <= 1 on S, and ||c S||, which is `previous` at the next step.
+def limit(norm: Tensor, previous: Tensor, gamma: float | None, limiter: str = "growth") -> tuple[Tensor, Tensor]:
+    """The factor c on S, and ||c S||, which is `previous` at the next step. Paper, section 4.3 and its ablation.
 
-    An infinite `previous` is no history: c = 1. An infinite `norm` is a negligible residual: c = 1, and no history.
+    "growth": ||c S|| <= gamma ||previous||; "shrink": ||c S|| = gamma ||S|| + (1 - gamma) ||previous||; "scale":
+    c = gamma. An infinite `previous` is no history, an infinite `norm` a negligible residual, which leaves none: for
+    the first two c = 1.
     """
     if gamma is None:
         return torch.ones_like(norm), norm
-    c = torch.where(torch.isfinite(norm), gamma * (previous + EPS) / norm, 1.0).clamp_(max=1.0)
+    if limiter == "scale":
+        c = torch.full_like(norm, gamma)
+    elif limiter == "shrink":
+        c = gamma + (1 - gamma) * previous / norm
+        c = torch.where(torch.isfinite(norm) & torch.isfinite(previous), c, 1.0)
+    else:
+        c = torch.where(torch.isfinite(norm), gamma * (previous + EPS) / norm, 1.0).clamp_(max=1.0)
     return c, c * norm
 
 

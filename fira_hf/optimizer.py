@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 
 from . import functional as F
 from .checkpoint import check_checkpoint, pairs
-from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig, check_setting, unknown_name
+from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig, check_setting, check_update, unknown_name
 from .distributed import agree, local, sharded_like
 from .refresh import refresh
 from .state import MOMENTS, Matrix, batches, create_state, first_states, matrices_of, refresh_in, rounding_generator
@@ -32,10 +32,10 @@ class FiraAdamW(torch.optim.Optimizer):
     matrix that are projected by themselves, and `transposed`, whether matrices are stored (in, out) as in GPT-2's
     `Conv1D`, not (out, in) as in `nn.Linear`: parts lie along `out`, and a basis of a square matrix spans `in`.
     It may set `alpha`, `update_proj_gap`,
-    `gamma`, `projection`, `refresh`, `moments`, `scaling` and `residual`, which mean and default to what they do in
-    `FiraConfig`. A group without `rank` is AdamW by torch's formulas. Every group may set `state_dtype` and
-    `stochastic_rounding`. With the settings of `fira_hf.PUBLISHED` and fp32 weights, projected groups follow
-    `fira==1.0.2` step for step.
+    `gamma`, `limiter`, `projection`, `refresh`, `moments`, `scaling` and `residual`, which mean and default to what
+    they do in `FiraConfig`. A group without `rank` is AdamW by torch's formulas. Every group may set `state_dtype`,
+    `stochastic_rounding` and `correct_bias`. With the settings of `fira_hf.PUBLISHED` and fp32 weights, projected
+    groups follow `fira==1.0.2` step for step.
 
     State, created at a weight's first gradient that is finite and not zero (long >= short: sides of the matrix;
     r = min(rank, short); moments and basis of `state_dtype`, whatever the weight's dtype, the scalars fp32; all kept
@@ -112,6 +112,8 @@ class FiraAdamW(torch.optim.Optimizer):
                 raise ValueError(f"Parameter group: {name}={group[name]!r} has no effect in a group without 'rank'.")
         for name in valid if "rank" in group else general:
             check_setting(name, group.setdefault(name, {**SHARED_DEFAULTS, **PROJECTED_DEFAULTS}.get(name)))
+        if "rank" in group:
+            check_update(*(group[name] for name in ("alpha", "residual", "limiter", "gamma")))
         group["betas"] = tuple(group["betas"])
         for index, parameter in enumerate(group["params"]):
             name = group["param_names"][index] if "param_names" in group else f"parameter {index}"
@@ -239,7 +241,8 @@ class FiraAdamW(torch.optim.Optimizer):
             matrix["refresh_in"] = max(0, matrix["refresh_in"] - 1)
         steps = [matrix["step"] for matrix in matrices]
         torch._foreach_add_(steps, 1.0 if active is None else list(active.float()))
-        eta = F.step_size(group["lr"], group["betas"], torch.stack(steps).view(-1, 1, 1))
+        counts = torch.stack(steps).view(-1, 1, 1)
+        eta = F.step_size(group["lr"], group["betas"], counts if group["correct_bias"] else torch.inf * counts)
         if active is not None:
             mask = active.view(-1, 1, 1)
             R, G_norms, eta = (torch.where(mask, x, 0.0) for x in (R, G_norms, eta))
@@ -250,12 +253,12 @@ class FiraAdamW(torch.optim.Optimizer):
 
         # (s, k) of `functional`: how alpha enters the residual.
         alpha = group["alpha"]
-        s, k = (1.0, alpha) if group["residual"] == "reference" else (alpha, 1.0)
+        s, k = {"reference": (1.0, alpha), "paper": (alpha, 1.0), "none": (0.0, 1.0)}[group["residual"]]
         phi = F.residual_scale(N_norms, R_norms, group["scaling"], total)
         norm = F.residual_norm(phi, G_norms, R_norms, k, total)
         histories = [matrix["residual_norm"] for matrix in matrices]
         previous = torch.stack(histories).view(-1, 1, 1)
-        c, limited_norm = F.limit(norm, previous, group["gamma"])
+        c, limited_norm = F.limit(norm, previous, group["gamma"], group["limiter"])
         if active is not None:
             limited_norm = torch.where(mask, limited_norm, previous)
         torch._foreach_copy_(histories, list(limited_norm.flatten()))
@@ -292,6 +295,8 @@ class FiraAdamW(torch.optim.Optimizer):
             "eps": group["eps"],
             "maximize": False,
         }
+        # After infinitely many steps nothing is left of the bias.
+        before = 0.0 if group["correct_bias"] else torch.inf
         states = []
         for p in parameters:
             if not self.state.get(p):
@@ -310,7 +315,8 @@ class FiraAdamW(torch.optim.Optimizer):
                 others.append((p, state, tensors))
         if plain:
             weights, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*plain, strict=True))
-            adamw(weights, grads, exp_avgs, exp_avg_sqs, [], steps, **settings)
+            counts = list(torch._foreach_add(steps, before))
+            adamw(weights, grads, exp_avgs, exp_avg_sqs, [], counts, **settings)
         for p, state, parts in others:
             generator = rounding_generator(p, state, group)
             at_random = generator if group["stochastic_rounding"] else None
@@ -318,12 +324,12 @@ class FiraAdamW(torch.optim.Optimizer):
                 new_w, new_g, new_m, new_v = (
                     x.to(torch.float32, memory_format=torch.contiguous_format, copy=True) for x in (w, g, m, v)
                 )
-                count = state["step"].clone()
-                adamw([new_w], [new_g], [new_m], [new_v], [], [count], **settings)
+                adamw([new_w], [new_g], [new_m], [new_v], [], [state["step"] + before], **settings)
                 F.store(w, new_w, at_random)
                 F.store(m, new_m, generator)
                 F.store(v, new_v, generator)
-            state["step"].copy_(count)
+        for state in states:
+            state["step"].add_(finite.to(state["step"].device))
 
     def _create_dense(self, p: Any, group: dict[str, Any], first: dict[str, Any]) -> None:
         zeros = torch.zeros_like(local(p.detach()), dtype=getattr(torch, group["state_dtype"]))

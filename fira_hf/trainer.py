@@ -45,6 +45,8 @@ OPTIM_ARGS: dict[str, Callable[[str], Any]] = {
     "moments": str,
     "scaling": str,
     "residual": str,
+    "limiter": str,
+    "correct_bias": _true_or_false,
     "state_dtype": str,
     "stochastic_rounding": _true_or_false,
     "dense_lr": float,

@@ -22,11 +22,13 @@ def fira_step(
     alpha=1.0,
     update_proj_gap=200,
     gamma=1.01,
+    limiter="growth",
     scaling="column",
     residual="reference",
     lr=1e-3,
     betas=(0.9, 0.999),
     eps=1e-6,
+    correct_bias=True,
     weight_decay=0.0,
     basis=None,
 ):
@@ -62,13 +64,20 @@ def fira_step(
 
     previous = state.get("residual_norm", torch.tensor(math.inf, dtype=dtype))
     negligible = S.norm() <= NEGLIGIBLE * (phi * G).norm()
-    limited = gamma is not None and not negligible and S.norm() > gamma * (previous + 1e-8)
-    if limited:
-        S = S * (gamma * (previous + 1e-8) / S.norm())
+    norm = S.norm()
+    if gamma is not None and limiter == "scale":
+        norm = gamma * norm
+    elif gamma is not None and not negligible and previous < math.inf:
+        norm = gamma * norm + (1 - gamma) * previous if limiter == "shrink" else min(norm, gamma * (previous + 1e-8))
+    limited = norm < S.norm()
+    if norm != S.norm():
+        S = S * (norm / S.norm())
     residual_norm = torch.tensor(math.inf, dtype=dtype) if negligible else S.norm()
 
-    applied = S if residual == "reference" else alpha * S
-    eta = lr * math.sqrt(1 - betas[1] ** (step + 1)) / (1 - betas[0] ** (step + 1))
+    applied = {"reference": 1.0, "paper": alpha, "none": 0.0}[residual] * S
+    eta = lr
+    if correct_bias:
+        eta = lr * math.sqrt(1 - betas[1] ** (step + 1)) / (1 - betas[0] ** (step + 1))
     W = W - eta * (alpha * N @ Q.T + applied)
     W = W - lr * weight_decay * W
 

@@ -7,8 +7,9 @@ import json
 import math
 
 import pytest
+import torch
 
-from fira_hf import PUBLISHED, FiraConfig
+from fira_hf import PUBLISHED, FiraAdamW, FiraConfig
 from fira_hf.targets import find_targets
 
 DEFAULTS = {
@@ -29,11 +30,13 @@ DEFAULTS = {
     "moments": "rotated",
     "scaling": "column",
     "residual": "reference",
+    "limiter": "growth",
     "state_dtype": "float32",
     "stochastic_rounding": False,
     "lr": 1e-3,
     "betas": (0.9, 0.999),
     "eps": 1e-6,
+    "correct_bias": True,
     "weight_decay": 0.0,
     "dense_lr": None,
 }
@@ -58,11 +61,13 @@ EVERY_FIELD_SET = {
     "moments": "rotated",
     "scaling": "matrix",
     "residual": "paper",
+    "limiter": "growth",
     "state_dtype": "bfloat16",
     "stochastic_rounding": True,
     "lr": 3e-4,
     "betas": (0.8, 0.95),
     "eps": 1e-8,
+    "correct_bias": False,
     "weight_decay": 0.1,
     "dense_lr": 1e-5,
 }
@@ -88,8 +93,10 @@ def test_two_configs_do_not_share_their_patterns():
 BAD_VALUES = [
     *[("rank", value) for value in (0, -1, 2.5, "8", True, None)],
     *[("update_proj_gap", value) for value in (0, -200, 1.5, "50", True, None)],
-    *[("alpha", value) for value in (0, 0.0, -1.0, math.nan, math.inf, "1.0", True, None)],
+    *[("alpha", value) for value in (-1e-9, -1.0, math.nan, math.inf, "1.0", True, None)],
     *[("gamma", value) for value in (0.99, 0.0, -1.01, math.nan, "1.01", True)],
+    *[("limiter", value) for value in ("clip", "Growth", None)],
+    *[("correct_bias", value) for value in ("false", 0, None)],
     *[("scaling", value) for value in ("row", "Column", None, True)],
     *[("residual", value) for value in ("code", "", None)],
     *[("projection", value) for value in ("qr", "SVD", "sketch", None)],
@@ -149,6 +156,29 @@ def test_layers_to_transform_does_not_go_with_a_pattern():
     """As in PEFT, where a pattern that names its own layers would leave it without effect."""
     with pytest.raises(ValueError, match="layers_to_transform.*target_modules|target_modules.*layers_to_transform"):
         FiraConfig(target_modules=r".*q_proj", layers_to_transform=[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "wrong"),
+    [
+        ({"alpha": 0.0, "residual": "paper"}, "alpha=0 with residual='paper'"),
+        ({"alpha": 0.0, "residual": "none"}, "alpha=0 with residual='none'"),
+        ({"gamma": 0.99}, "gamma=0.99 is not valid for limiter='growth'"),
+        ({"limiter": "shrink"}, "gamma=1.01 is not valid for limiter='shrink'"),
+        ({"limiter": "scale", "gamma": 2}, "gamma=2 is not valid for limiter='scale'"),
+    ],
+)
+def test_contradictions_of_the_update_are_refused_in_config_and_group(settings, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        FiraConfig(**settings)
+    with pytest.raises(ValueError, match=wrong):
+        FiraAdamW([{"params": [torch.nn.Parameter(torch.zeros(4, 3))], "rank": 2, **settings}])
+
+
+@pytest.mark.parametrize("gamma", [None, 1.0])
+@pytest.mark.parametrize("limiter", ["growth", "shrink", "scale"])
+def test_no_limit_goes_with_every_limiter(limiter, gamma):
+    assert FiraConfig(limiter=limiter, gamma=gamma).gamma == gamma
 
 
 def test_the_edges_of_the_allowed_ranges():

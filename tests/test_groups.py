@@ -76,7 +76,7 @@ def test_sparse_gradient(projected):
 
 def test_defaults_of_a_projected_group_are_those_of_the_config():
     (group,) = FiraAdamW([{"params": [weight((12, 8))], "rank": 4}]).param_groups
-    names = ("alpha", "update_proj_gap", "gamma", "projection", "refresh", "moments", "scaling", "residual")
+    names = ("alpha", "update_proj_gap", "gamma", "projection", "refresh", "moments", "scaling", "residual", "limiter")
     assert {name: group[name] for name in names} == {name: getattr(FiraConfig(), name) for name in names}
 
 

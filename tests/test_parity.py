@@ -75,6 +75,38 @@ def test_gradient_nearly_inside_the_subspace(left, kind):
     assert_same_path(ours.detach(), theirs.detach(), start)
 
 
+@pytest.mark.parametrize("kind", SHAPES)
+def test_rmsprop(kind):
+    """FiraRMSProp of the authors' repository is their AdamW without first moment and bias correction."""
+    ours, theirs = weight(SHAPES[kind]), weight(SHAPES[kind])
+    start = ours.detach().clone()
+    common = {"lr": 1e-2, "betas": (0.0, 0.9), "correct_bias": False}
+    optimizer = FiraAdamW([projected([ours], alpha=0.25, **common)])
+    other = published([projected([theirs], alpha=0.25)], **common)
+    for gradient in gradients(SHAPES[kind], 60):
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        other.step()
+    assert_same_path(ours.detach(), theirs.detach(), start)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_without_residual_it_is_galore(kind):
+    pytest.importorskip("galore_torch")  # with bitsandbytes, which is not built for every system
+    from galore_torch import GaLoreAdamW
+
+    ours, theirs = weight(SHAPES[kind]), weight(SHAPES[kind])
+    start = ours.detach().clone()
+    optimizer = FiraAdamW([projected([ours], alpha=0.25, residual="none")], lr=1e-2, weight_decay=0.1)
+    group = {"params": [theirs], "rank": 6, "update_proj_gap": 20, "scale": 0.25, "proj_type": "std"}
+    other = GaLoreAdamW([group], lr=1e-2, weight_decay=0.1, no_deprecation_warning=True)
+    for gradient in gradients(SHAPES[kind], 60):
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        other.step()
+    assert_same_path(ours.detach(), theirs.detach(), start)
+
+
 def test_same_network():
     """Both train a network of their own: differences feed back through the gradients."""
     torch.manual_seed(0)
@@ -159,6 +191,23 @@ def test_dense_is_torch_adamw(shape, eps, weight_decay):
         optimizer.step()
         other.step()
     assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_without_bias_correction_is_torch_rmsprop(dtype):
+    generator = torch.Generator().manual_seed(0)
+    initial = torch.randn(12, 5, generator=generator).to(dtype)
+    ours, theirs = torch.nn.Parameter(initial.clone()), torch.nn.Parameter(initial.float())
+    optimizer = FiraAdamW([{"params": [ours], "correct_bias": False}], lr=1e-2, betas=(0.0, 0.9))
+    other = torch.optim.RMSprop([theirs], lr=1e-2, alpha=0.9, eps=1e-6)
+    for step in range(1, 6):
+        gradient = torch.randn(12, 5, generator=generator).to(dtype)
+        ours.grad, theirs.grad = gradient.clone(), gradient.float()
+        theirs.data.copy_(ours.data)  # so that the rounding of one step is seen alone
+        optimizer.step()
+        other.step()
+        assert optimizer.state[ours]["step"] == step
+        assert torch.allclose(ours.float(), theirs, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

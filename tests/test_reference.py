@@ -31,7 +31,7 @@ def compare(shape, steps=13, **group):
     long, short = max(shape), min(shape)
     rank = min(group["rank"], short)
 
-    kept = group["alpha"] if group.get("residual") != "paper" else 1.0
+    kept = group["alpha"] if group.get("residual", "reference") == "reference" else 1.0
     seen, norm_error = [], 0.0
     for t, gradient in enumerate(gradients(shape, steps)):
         parameter.grad = gradient
@@ -74,6 +74,21 @@ def test_every_buffer(kind, scaling, residual, gamma):
     )
     # both branches of the limiter are compared, or none at all
     assert 0 < sum(limited) < len(limited) if gamma else sum(limited) == 0
+
+
+@pytest.mark.parametrize("kind", ["tall", "wide", "square"])
+@pytest.mark.parametrize("limiter", ["shrink", "scale"])
+def test_the_limiters_of_the_ablation(limiter, kind):
+    limited = compare(LAYOUT[kind], rank=6, alpha=0.25, update_proj_gap=5, gamma=0.7, limiter=limiter)
+    # a smoothed norm is above the own one as often as below
+    assert 0 < sum(limited) < len(limited) if limiter == "shrink" else all(limited)
+
+
+@pytest.mark.parametrize("kind", ["tall", "wide", "square"])
+@pytest.mark.parametrize("update", [{"alpha": 0.0}, {"alpha": 0.25, "residual": "none"}, {"correct_bias": False}])
+def test_parts_of_the_update(update, kind):
+    """Only the scaled gradient, only the low-rank update, and moments whose bias stays."""
+    compare(LAYOUT[kind], rank=6, update_proj_gap=5, **{"alpha": 0.25} | update)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.25])
