@@ -52,8 +52,12 @@ def one_of(name: str, value: str, choices: Any) -> None:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}.")
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The settings of an experiment: those of its `defaults` file, if it names one, with its own on top."""
+def read_yaml(path: str | Path, size: str | None = None) -> dict[str, Any]:
+    """The settings of an experiment: those of its `defaults` file, if it names one, with its own on top.
+
+    Where `optim_args` is a mapping in both, its entries add up. `size` replaces the experiment's own size, which fills
+    the {size} in the name of its `defaults` file.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no experiment {path}.")
@@ -63,8 +67,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold 'key: value' lines.")
-    defaults = settings.pop("defaults", None)
-    return (read_yaml(path.parent / defaults) if defaults else {}) | settings
+    defaults, own_size = settings.pop("defaults", ""), settings.pop("size", None)
+    if size is not None and own_size is None:
+        raise ValueError(f"{path} is of one size, but size is {size!r}: leave it out.")
+    inherited = read_yaml(path.parent / defaults.format(size=size or own_size)) if defaults else {}
+    own, below = settings.get("optim_args"), inherited.get("optim_args")
+    if isinstance(own, dict) and below is not None:
+        if not isinstance(below, dict):
+            raise ValueError(f"{path} adds optim_args to {below!r}: write that as a mapping, too, {{key: value}}.")
+        settings["optim_args"] = below | own
+    return inherited | settings
 
 
 def read_overrides(arguments: list[str]) -> dict[str, Any]:
@@ -102,7 +114,11 @@ def _word(value: str) -> Any:
 
 def load_settings(recipe: Recipe, path: str | Path, overrides: dict[str, Any]) -> dict[str, Any]:
     """The settings of one run, in one form however they were spelled: 1e-4 is a number, an absolute path relative."""
-    settings = read_yaml(path) | overrides
+    overrides = dict(overrides)
+    settings = read_yaml(path, overrides.pop("size", None))
+    if isinstance(settings.get("optim_args"), dict):
+        settings["optim_args"] = ", ".join(f"{key}={value}" for key, value in settings["optim_args"].items())
+    settings |= overrides
     if "method" not in settings:
         raise ValueError(f"{path} names no method; it must be one of {', '.join(recipe.methods)}.")
     one_of("method", settings["method"], recipe.methods)

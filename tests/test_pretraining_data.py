@@ -174,7 +174,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--method", "flora"], "method is 'flora'; it must be one of adamw, fira, galore"),
+        (["--method", "muon"], "method is 'muon'; it must be one of adamw, fira, galore"),
         (["--method", "galore", "--optim", "fira"], "method galore cannot use optim fira"),
         (["--method", "relora"], "method relora needs relora_interval; set it to a number of optimizer steps"),
         (["--relora_warmup", "5"], "method fira has no restarts, but relora_warmup is set; leave it out"),
@@ -221,13 +221,15 @@ def test_every_experiment_is_valid_and_says_how_to_launch_it(path):
 
 
 def test_every_size_has_every_method_and_the_ablation_every_variant():
-    sizes = {"tiny", "60m", "130m", "350m", "1b", "7b"}
-    ablations = {"ablation-60m", "ablation-tiny"}
-    assert {path.parent.name for path in EXPERIMENTS} == sizes | ablations
-    variants = {method for method in METHODS if method.startswith("fira")}
-    for folder in {path.parent for path in EXPERIMENTS}:
-        found = {path.stem for path in folder.glob("*.yaml")}
-        assert found == (variants if folder.name in ablations else {*METHODS, "base"} - variants | {"fira"})
+    found: dict[str, set[str]] = {}
+    for path in EXPERIMENTS:
+        found.setdefault(path.parent.name, set()).add(path.stem)
+    ranks = {method for method in METHODS if "-rank-" in method}
+    assert found.pop("ranks") == ranks
+    assert found.pop("ablation") == set(VARIANTS)
+    assert set(found) == {"tiny", "small", *PUBLISHED}
+    for methods in found.values():
+        assert methods == set(METHODS) - ranks - set(VARIANTS) | {"fira"}
 
 
 # What the trained settings of a variant are, where they differ from Fira's.
@@ -237,24 +239,50 @@ VARIANTS = {
     "fira-without-scaling": {"scaling": "none"},
     "fira-without-limiter": {"gamma": None},
     "fira-clipping": {"gamma": None, "max_grad_norm": 1.0},
+    "fira-shrink": {"limiter": "shrink", "gamma": 0.5},
+    "fira-tensor-scaling": {"limiter": "scale", "gamma": 0.5},
+    "fira-only-scaling": {"alpha": 0.0},
+    "fira-rmsprop": {"correct_bias": False, "adam_beta1": 0.0, "adam_beta2": 0.9},
     "fira-gamma-1.1": {"gamma": 1.1},
     "fira-gamma-1.001": {"gamma": 1.001},
     "fira-gamma-1": {"gamma": 1.0},
 }
 
 
-@pytest.mark.parametrize("method", VARIANTS)
-@pytest.mark.parametrize("size", ["60m", "tiny"])
-def test_a_variant_differs_from_fira_in_what_it_is_named_after(size, method):
-    def trained(path: Path) -> dict:
-        _, training = train.parse(load_settings(RECIPE, path, {}) | {"use_cpu": True, "output_dir": "out"})
-        return training.to_dict() | parse_optim_args(training.optim_args)
+def changes(method: str, base: str, variant: Path, size: str, read=parse_optim_args) -> dict:
+    """The trained settings in which a variant at some size differs from the method that it varies."""
 
-    fira = trained(RECIPE.experiments / size / "fira.yaml")
-    variant = trained(RECIPE.experiments / f"ablation-{size}" / f"{method}.yaml")
-    changed = {key: value for key, value in variant.items() if fira.get(key, ...) != value}
-    changed.pop("optim_args", None)
-    assert changed == VARIANTS[method]
+    def trained(path: Path, overrides: dict) -> dict:
+        settings = load_settings(RECIPE, path, overrides) | {"use_cpu": True, "output_dir": "out"}
+        arguments, training = train.parse(settings)
+        optim_args = read(training.optim_args)
+        return training.to_dict() | {"optim_args": None, "model_config": arguments.model_config} | optim_args
+
+    before = trained(RECIPE.experiments / size / f"{base}.yaml", {})
+    after = trained(variant, {"size": size})
+    return {key: value for key, value in after.items() if before.get(key, ...) != value}
+
+
+@pytest.mark.parametrize("method", VARIANTS)
+@pytest.mark.parametrize("size", ["60m", "tiny", "1b"])
+def test_a_variant_differs_from_fira_in_what_it_is_named_after(size, method):
+    path = RECIPE.experiments / "ablation" / f"{method}.yaml"
+    assert changes(method, "fira", path, size) == VARIANTS[method]
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if "-rank-" in method])
+def test_the_ranks(method):
+    path = RECIPE.experiments / "ranks" / f"{method}.yaml"
+    name, _, rank = method.split("-")
+    found = changes(method, name, path, "60m", lambda text: dict(entry.split("=") for entry in text.split(", ")))
+    assert found == ({} if rank == "128" else {"rank": rank})
+
+
+def test_a_size_that_an_experiment_has_not_is_refused():
+    with pytest.raises(FileNotFoundError, match="no experiment .*2b"):
+        load_settings(RECIPE, RECIPE.experiments / "ablation" / "fira-matrix.yaml", {"size": "2b"})
+    with pytest.raises(ValueError, match="size is 'tiny': leave it out"):
+        load_settings(RECIPE, RECIPE.experiments / "60m" / "fira.yaml", {"size": "tiny"})
 
 
 # Parameters, then Fira's learning rate, alpha, rank and interval, then steps and warm-up, all as published.
@@ -284,6 +312,8 @@ def test_the_published_settings(size):
     assert (training.lr_scheduler_type, training.lr_scheduler_kwargs) == ("cosine_with_min_lr", {"min_lr_rate": 0.1})
     assert (training.weight_decay, training.adam_epsilon) == (0, 1e-6)
     assert training.optim_target_modules == ["attn", "mlp"]
+    of_fira = load_settings(RECIPE, RECIPE.experiments / size / "fira-hf.yaml", {})
+    assert of_fira["optim_args"] == f"rank={rank}, alpha={alpha}"
     for method in ("galore", "apollo"):
         other = load_settings(RECIPE, RECIPE.experiments / size / f"{method}.yaml", {})
         assert other["optim_args"].startswith(f"rank={rank}, update_proj_gap={interval}, scale=")

@@ -10,23 +10,33 @@ from recipes.settings import Method, Recipe, one_of
 EMBEDDED = "embedded"
 C4 = "c4"
 
+RANKS = (4, 16, 64, 128, 512)
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 FIRA = Method(lora=False, optimizers=("fira", "fira_layerwise"))
+GALORE = Method(lora=False, optimizers=("galore_adamw",))
 METHODS = {
     "adamw": Method(lora=False, optimizers=ADAMW),
     "fira": FIRA,
-    "galore": Method(lora=False, optimizers=("galore_adamw",)),
+    "fira-hf": FIRA,
+    "galore": GALORE,
+    "flora": FIRA,
     "apollo": Method(lora=False, optimizers=("apollo_adamw",)),
     "lora": Method(lora=True, optimizers=ADAMW),
     "relora": Method(lora=True, optimizers=ADAMW),
-    # The paper's ablation: what each is lies in optim_args and max_grad_norm of its experiment.
+    # The paper's ablation and sweeps: what each is lies in the settings of its experiment.
     "fira-matrix": FIRA,
     "fira-without-scaling": FIRA,
     "fira-without-limiter": FIRA,
     "fira-clipping": FIRA,
+    "fira-shrink": FIRA,
+    "fira-tensor-scaling": FIRA,
+    "fira-only-scaling": FIRA,
     "fira-gamma-1.1": FIRA,
     "fira-gamma-1.001": FIRA,
     "fira-gamma-1": FIRA,
+    "fira-rmsprop": FIRA,
+    **{f"fira-rank-{rank}": FIRA for rank in RANKS},
+    **{f"galore-rank-{rank}": GALORE for rank in RANKS},
 }
 RECIPE = Recipe(
     package="recipes.pretraining",
