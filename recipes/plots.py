@@ -9,29 +9,23 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; a method has the same one in every picture.
-COLOURS = {
-    "lora": "#0072B2",
-    "fira-on-lora": "#E69F00",
-    "fira-full": "#D55E00",
-    "adamw-full": "#009E73",
-    "galore-full": "#CC79A7",
-    "adamw": "#009E73",
-    "fira": "#D55E00",
-    "galore": "#CC79A7",
-    "apollo": "#000000",
-    "relora": "#56B4E9",
-}
-MARKERS = {
-    "lora": "o",
-    "fira-on-lora": "s",
-    "fira-full": "D",
-    "adamw-full": "^",
-    "galore-full": "v",
-    "adamw": "^",
-    "fira": "D",
-    "galore": "v",
-    "apollo": "s",
-    "relora": "P",
+STYLES = {  # colour and marker
+    "lora": ("#0072B2", "o"),
+    "dora": ("#003F69", "v"),
+    "relora": ("#56B4E9", "P"),
+    "adamw": ("#009E73", "^"),
+    "adamw-full": ("#009E73", "^"),
+    "fira": ("#D55E00", "D"),
+    "fira-full": ("#D55E00", "D"),
+    "fira-on-lora": ("#E69F00", "s"),
+    "fira-hf": ("#E69F00", "s"),
+    "galore": ("#CC79A7", "v"),
+    "galore-full": ("#CC79A7", "v"),
+    "galore-on-lora": ("#E8BCD6", "o"),
+    "flora": ("#777777", "X"),
+    "flora-full": ("#777777", "X"),
+    "flora-on-lora": ("#BBBBBB", "o"),
+    "apollo": ("#000000", "s"),
 }
 
 
@@ -42,7 +36,7 @@ def plot_losses(runs: list[dict[str, Any]], path: Path, panels: list[tuple[str, 
     """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels))
-    others = [method for method in dict.fromkeys(run["method"] for run in runs) if method not in COLOURS]
+    others = [method for method in dict.fromkeys(run["method"] for run in runs) if method not in STYLES]
     for axis, (key, title, label, scale) in zip(axes, panels, strict=True):
         for run in runs:
             points = [(entry["step"], entry[key]) for entry in run["history"] if key in entry]
@@ -50,8 +44,7 @@ def plot_losses(runs: list[dict[str, Any]], path: Path, panels: list[tuple[str, 
                 continue
             method = run["method"]
             name = method if method not in axis.get_legend_handles_labels()[1] else None
-            colour = COLOURS.get(method) or f"C{others.index(method)}"
-            marker = MARKERS.get(method, "o")
+            colour, marker = STYLES.get(method) or (f"C{others.index(method)}", "o")
             axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3.5, label=name)
         axis.set(title=title, xlabel="optimizer step", ylabel=label, yscale=scale)
         axis.grid(alpha=0.3)

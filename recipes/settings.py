@@ -47,6 +47,32 @@ class Recipe:
         return Path(__file__).parent / self.package.rpartition(".")[2] / "experiments"
 
 
+@dataclass(kw_only=True)
+class RestartArguments:
+    """Settings of ReLoRA, for the recipes' own arguments, which have a `method`."""
+
+    relora_interval: int | None = field(
+        default=None, metadata={"help": "Optimizer steps after which A and B are merged and begin anew (relora)."}
+    )
+    relora_warmup: int | None = field(
+        default=None, metadata={"help": "Optimizer steps of warm-up after each such restart (relora)."}
+    )
+
+    def check_restarts(self, method: str) -> None:
+        for name in ("relora_interval", "relora_warmup"):
+            value = getattr(self, name)
+            if method != "relora" and value is not None:
+                raise ValueError(f"method {method} has no restarts, but {name} is set; leave it out.")
+            if method == "relora" and value is None:
+                raise ValueError(f"method relora needs {name}; set it to a number of optimizer steps.")
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        if self.relora_interval and self.relora_warmup and self.relora_warmup >= self.relora_interval:
+            raise ValueError(
+                f"relora_warmup is {self.relora_warmup}; it must be less than relora_interval, {self.relora_interval}."
+            )
+
+
 def one_of(name: str, value: str, choices: Any) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}.")

@@ -94,7 +94,14 @@ def write_preset(folder: Path, model: Path, data: Path) -> Path:
     fira = {"optim_args": "rank=4, update_proj_gap=3"}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
-    for method, own in {"lora": lora, "fira-on-lora": lora | fira, "fira-full": fira, "adamw-full": {}}.items():
+    galore = {"optim_args": "rank=4, update_proj_gap=3, scale=1.0", "save_strategy": "no"}
+    flora = {"optim_args": "rank=4, update_proj_gap=3, projection=random, residual=none"}
+    methods = {"fira-full": fira, "galore-full": galore, "flora-full": flora, "adamw-full": {}}
+    methods |= {
+        f"{name}-on-lora": lora | own for name, own in {"fira": fira, "galore": galore, "flora": flora}.items()
+    }
+    methods |= {"lora": lora, "dora": lora, "relora": lora | {"relora_interval": 6, "relora_warmup": 2}}
+    for method, own in methods.items():
         experiment = {"defaults": "base.yaml", "method": method} | own
         (folder / f"{method}.yaml").write_text(yaml.safe_dump(experiment))
     return folder

@@ -14,14 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pretraining_tiny import BATCH, CONFIG, LENGTH, METHODS, STEPS, write_preset
 from recipes import rundir
 from recipes.pretraining import compare, report, search, train
-from recipes.pretraining.model import add_lora
-from recipes.pretraining.relora import Restarts, restart
-from recipes.pretraining.settings import RecipeArguments
+from recipes.relora import Restarts, add_lora, restart
 
 ROOT = Path(__file__).parents[1]
 DENSE = 2 * 300 * 32 + 5 * 32  # embeddings, output head, norms
@@ -95,10 +94,7 @@ def test_fira_projects_the_matrices_of_attention_and_mlp(preset, tmp_path, capsy
 def test_a_restart_merges_the_adapters_and_begins_them_anew():
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**CONFIG))
-    arguments = RecipeArguments(
-        method="relora", model_config="", lora_rank=4, lora_alpha=8, relora_interval=4, relora_warmup=2
-    )
-    add_lora(model, arguments)
+    add_lora(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"), embeddings=True)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-2)
     rows = torch.randint(0, 300, (4, LENGTH))
@@ -133,7 +129,7 @@ def test_relora_restarts_at_its_interval(preset, tmp_path, monkeypatch):
         counts.append(optimizer.state[model.lm_head.weight]["step"].item())
         restart(model, optimizer)
 
-    monkeypatch.setattr("recipes.pretraining.relora.restart", count_and_restart)
+    monkeypatch.setattr("recipes.relora.restart", count_and_restart)
     result = run(preset, "relora", tmp_path)
     assert counts == [4, 8]  # not after the last step
     assert min(entry["learning_rate"] for entry in result["history"] if "learning_rate" in entry) == 0.005
@@ -145,7 +141,7 @@ def test_every_process_draws_the_same_adapters():
     for seed in (1, 2):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**CONFIG))
-        add_lora(model, RecipeArguments(method="lora", model_config="", lora_rank=4))
+        add_lora(model, LoraConfig(r=4, target_modules="all-linear"), embeddings=True)
         optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
         before = torch.manual_seed(seed).get_state()
         state = SimpleNamespace(global_step=4, max_steps=12)

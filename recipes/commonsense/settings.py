@@ -5,14 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from recipes.commonsense.tasks import TASKS
-from recipes.settings import Method, Recipe, one_of
+from recipes.settings import Method, Recipe, RestartArguments, one_of
 
+ADAMW = ("adamw_torch", "adamw_torch_fused")
 METHODS = {
-    "lora": Method(lora=True, optimizers=("adamw_torch", "adamw_torch_fused")),
+    "lora": Method(lora=True, optimizers=ADAMW),
+    "dora": Method(lora=True, optimizers=ADAMW),
+    "relora": Method(lora=True, optimizers=ADAMW),
     "fira-on-lora": Method(lora=True, optimizers=("fira",)),
+    "galore-on-lora": Method(lora=True, optimizers=("galore_adamw",)),
+    "flora-on-lora": Method(lora=True, optimizers=("fira",)),
     "fira-full": Method(lora=False, optimizers=("fira",)),
-    "adamw-full": Method(lora=False, optimizers=("adamw_torch", "adamw_torch_fused")),
     "galore-full": Method(lora=False, optimizers=("galore_adamw",)),
+    "flora-full": Method(lora=False, optimizers=("fira",)),
+    "adamw-full": Method(lora=False, optimizers=ADAMW),
 }
 RECIPE = Recipe(
     package="recipes.commonsense",
@@ -23,7 +29,7 @@ RECIPE = Recipe(
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(RestartArguments):
     """The recipe's settings beside `transformers.TrainingArguments`."""
 
     method: str = field(metadata={"help": "One of " + ", ".join(METHODS) + "."})
@@ -71,6 +77,7 @@ class RecipeArguments:
     def __post_init__(self) -> None:
         one_of("method", self.method, METHODS)
         one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        self.check_restarts(self.method)
         one_of("scoring", self.scoring, ("loglik", "generate"))
         for task in self.tasks:
             one_of("tasks", task, TASKS)

@@ -13,10 +13,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import fira_hf  # registers optim="fira"
-from recipes import launch, measure
+from recipes import launch, measure, relora
 from recipes.commonsense import data
 from recipes.commonsense.dry_run import dry_run
 from recipes.commonsense.model import load_model, load_tokenizer, wrap
@@ -50,7 +50,11 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
 
     set_seed(training.seed)
     model = wrap(load_model(arguments.model, arguments.dtype), arguments)
-    callbacks = [measure.StepTime()] + ([fira_hf.FiraCallback()] if training.optim == "fira" else [])
+    callbacks: list[TrainerCallback] = [measure.StepTime()]
+    if training.optim == "fira":
+        callbacks.append(fira_hf.FiraCallback())
+    if arguments.method == "relora":
+        callbacks.append(relora.Restarts(arguments.relora_interval, arguments.relora_warmup))
     trainer = Trainer(
         model=model,
         args=training,
@@ -72,6 +76,8 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
     start = time.perf_counter()
     accuracy = score(trainer.model, tokenizer, questions, arguments)
     if arguments.keep_model:
+        if arguments.method == "relora":
+            relora.merge(trainer.model)
         launch.save_model(trainer)
     return figures | {
         "scoring_seconds": time.perf_counter() - start,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from recipes.settings import Method, Recipe, one_of
+from recipes.settings import Method, Recipe, RestartArguments, one_of
 
 # Where data_dir does not name a folder.
 EMBEDDED = "embedded"
@@ -50,7 +50,7 @@ RECIPE = Recipe(
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(RestartArguments):
     """The recipe's settings beside `transformers.TrainingArguments`."""
 
     method: str = field(metadata={"help": "One of " + ", ".join(METHODS) + "."})
@@ -70,30 +70,16 @@ class RecipeArguments:
     eval_tokens: int = field(default=10_000_000, metadata={"help": "Evaluate on the first so many tokens."})
     lora_rank: int = field(default=128, metadata={"help": "Rank of LoRA's A and B."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA's scale is lora_alpha / lora_rank."})
-    relora_interval: int | None = field(
-        default=None, metadata={"help": "Optimizer steps after which A and B are merged and begin anew (relora)."}
-    )
-    relora_warmup: int | None = field(
-        default=None, metadata={"help": "Optimizer steps of warm-up after each such restart (relora)."}
-    )
     keep_model: bool = field(default=True, metadata={"help": "Save the trained model in output_dir/model."})
 
     def __post_init__(self) -> None:
         one_of("method", self.method, METHODS)
         one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        for name in ("sequence_length", "eval_tokens", "lora_rank", "lora_alpha", "relora_interval", "relora_warmup"):
+        for name in ("sequence_length", "eval_tokens", "lora_rank", "lora_alpha"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
-        for name in ("relora_interval", "relora_warmup"):
-            if self.method == "relora" and getattr(self, name) is None:
-                raise ValueError(f"method relora needs {name}; set it to a number of optimizer steps.")
-            if self.method != "relora" and getattr(self, name) is not None:
-                raise ValueError(f"method {self.method} has no restarts, but {name} is set; leave it out.")
-        if self.relora_interval and self.relora_warmup and self.relora_warmup >= self.relora_interval:
-            raise ValueError(
-                f"relora_warmup is {self.relora_warmup}; it must be less than relora_interval, {self.relora_interval}."
-            )
+        self.check_restarts(self.method)
         if self.data_dir == C4 and self.tokenizer is None:
             raise ValueError(
                 f"data_dir {C4} is a stream, from which no tokenizer is learned; set tokenizer (t5-base)."

@@ -13,14 +13,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import fira_hf  # registers optim="fira"
 from recipes import launch, measure
 from recipes.pretraining import data
-from recipes.pretraining.model import add_lora, build, load_config
-from recipes.pretraining.relora import Restarts
+from recipes.pretraining.model import build, load_config
 from recipes.pretraining.settings import C4, METHODS, RECIPE, RecipeArguments
+from recipes.relora import Restarts, add_lora, merge
 
 
 def parse(settings: dict[str, Any]) -> tuple[RecipeArguments, TrainingArguments]:
@@ -42,7 +43,10 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
     set_seed(training.seed)
     model = build(config, arguments)
     parameters = model.num_parameters()
-    lora = add_lora(model, arguments) if METHODS[arguments.method].lora else None
+    is_lora = METHODS[arguments.method].lora
+    if is_lora:
+        lora = LoraConfig(r=arguments.lora_rank, lora_alpha=arguments.lora_alpha, target_modules="all-linear")
+        add_lora(model, lora, embeddings=True)
     callbacks: list[TrainerCallback] = [measure.StepTime()]
     if training.optim.startswith("fira"):
         callbacks.append(fira_hf.FiraCallback())
@@ -65,8 +69,8 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
         if "eval_loss" in entry:
             entry["perplexity"] = perplexity(entry["eval_loss"])
     if arguments.keep_model:
-        if lora is not None:
-            lora.merge_and_unload()
+        if is_lora:
+            merge(model)
         launch.save_model(trainer)
     return found | {
         "parameters": parameters,

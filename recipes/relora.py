@@ -9,11 +9,32 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from peft import LoraConfig, LoraModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig, embeddings: bool) -> None:
+    """LoRA around the linear layers, in place; what it does not wrap (embeddings, norms, output head) is trained as it
+    is, or frozen.
+
+    The model itself stays the one to train: its checkpoints then hold all weights, the frozen ones included, which
+    restarts change.
+    """
+    LoraModel(model, config, adapter_name="default", low_cpu_mem_usage=model.device.type == "meta")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = ".lora_" in name or (embeddings and ".base_layer." not in name)
+
+
+def merge(model: PreTrainedModel) -> None:
+    """Puts the linear layers back, with the adapters in their weights: the model has no LoRA any more."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+            model.set_submodule(name, layer.get_base_layer())
 
 
 @torch.no_grad()
