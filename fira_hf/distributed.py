@@ -61,8 +61,7 @@ class Shards:
 
     def own(self, rows: int) -> slice:
         """This process's part of so many rows."""
-        chunk = -(-rows // self.count)
-        return slice(min(rows, self.rank * chunk), min(rows, (self.rank + 1) * chunk))
+        return _chunk(rows, self.count, self.rank)
 
     def total(self, norms: Tensor) -> Tensor:
         """`functional.total_norms` over the rows of all processes."""
@@ -145,6 +144,12 @@ class Shards:
         return largest.clamp_(min=torch.finfo(torch.float32).tiny)
 
 
+def _chunk(rows: int, count: int, rank: int) -> slice:
+    """The part of process `rank` when `count` of them split so many rows as DTensor does."""
+    size = -(-rows // count)
+    return slice(min(rows, rank * size), min(rows, (rank + 1) * size))
+
+
 def _rows_first(tensor: Tensor, rows: int) -> Tensor:
     """(B, n, k) -> (rows, B, k), contiguous, filled up with zeros."""
     out = tensor.new_zeros(rows, len(tensor), tensor.shape[2])
@@ -157,8 +162,10 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _split_dimensions(p: DTensor) -> list[int]:
-    """The dimensions of the mesh over which it is not just repeated."""
+def _split_dimensions(p: Any) -> list[int]:
+    """The dimensions of its mesh over which it is not just repeated; none if it is no DTensor."""
+    if not isinstance(p, DTensor):
+        return []
     return [dim for dim, placement in enumerate(p.placements) if not isinstance(placement, Replicate)]
 
 
@@ -168,7 +175,7 @@ def shards_of(p: Any, split: int, transposed: bool) -> Shards | None:
     Raises:
         RuntimeError: it is sharded otherwise than `fully_shard` does it by default, or it fuses parts.
     """
-    dims = _split_dimensions(p) if isinstance(p, DTensor) else []
+    dims = _split_dimensions(p)
     if not dims:
         return None
     if len(dims) > 1 or p.placements[dims[0]] != Shard(0):
@@ -191,12 +198,11 @@ def shards_of(p: Any, split: int, transposed: bool) -> Shards | None:
 
 def own_of_stack(p: Any) -> range:
     """Which of the matrices that a 3-D weight stacks this process holds: all, or its chunk."""
-    dims = _split_dimensions(p) if isinstance(p, DTensor) else []
+    dims = _split_dimensions(p)
     if not dims:
         return range(len(p))
-    chunk = -(-len(p) // p.device_mesh.size(dims[0]))
-    start = min(len(p), p.device_mesh.get_local_rank(dims[0]) * chunk)
-    return range(start, min(len(p), start + chunk))
+    mesh = p.device_mesh
+    return range(len(p))[_chunk(len(p), mesh.size(dims[0]), mesh.get_local_rank(dims[0]))]
 
 
 def sharded_like(p: Any, part: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -211,12 +217,7 @@ def sharded_like(p: Any, part: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def agree(ok: Tensor, parameters: list[Any]) -> Tensor:
     """Whether it is so, a 0-dim bool, on all processes that hold parts of the parameters."""
-    groups = {
-        p.device_mesh.get_group(dim): None
-        for p in parameters
-        if isinstance(p, DTensor)
-        for dim in _split_dimensions(p)
-    }
+    groups = {p.device_mesh.get_group(dim): None for p in parameters for dim in _split_dimensions(p)}
     for group in groups:
         votes = ok.to(torch.int32)
         dist.all_reduce(votes, dist.ReduceOp.MIN, group=group)
