@@ -12,6 +12,7 @@ linear layers (many were `nn.Linear` before transformers 5), and hold most of it
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -22,9 +23,9 @@ import torch
 from torch import nn
 
 from .config import ALL_LINEAR, FiraConfig
+from .functional import long_and_short, stacked
 
 FP32 = 4  # bytes
-SHARDED = "Fira cannot project sharded or flattened weights (FSDP, DeepSpeed, tensor parallel): use one device or DDP"
 # What DDP, torch.compile and PEFT put before every name.
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|base_model\.model\.)+")
 
@@ -45,22 +46,21 @@ class Target:
     transposed: bool = False
 
     def __post_init__(self) -> None:
-        self.rank = min(self.rank, *self._sides)
+        self.rank = min(self.rank, *self._long_and_short)
 
     @property
     def matrices(self) -> int:
         """How many matrices are projected: experts of a stack, parts of a fused matrix."""
-        return (len(self.parameter) if self.parameter.ndim == 3 else 1) * self.split
+        return math.prod(stacked(self.parameter, self.split))
 
     @property
-    def _sides(self) -> tuple[int, int]:
-        rows, columns = self.parameter.shape[-2:]
-        return (rows, columns // self.split) if self.transposed else (rows // self.split, columns)
+    def _long_and_short(self) -> tuple[int, int]:
+        return long_and_short(self.parameter, self.split, self.transposed)
 
     @property
     def state_bytes(self) -> int:
         """For each matrix basis and two moments, and the fp32 scalars `step` and `residual_norm`."""
-        long, short = max(self._sides), min(self._sides)
+        long, short = self._long_and_short
         return self.matrices * (self.state_itemsize * (short * self.rank + 2 * long * self.rank) + 2 * FP32)
 
 
@@ -296,28 +296,25 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
     """
     everything = weights(model)
     layers = [layer for layer in everything if layer.is_linear or layer.is_experts or _is_named(config, layer)]
-    if not any(layer.weight.requires_grad for layer in layers):
+    trained = [layer for layer in layers if layer.weight.requires_grad]
+    if not trained:
         raise ValueError("The model has no trainable linear layer: there is nothing for Fira to project.")
     _check_entries(config, everything, layers, model)
 
+    patterns = {name: getattr(config, f"{name}_pattern") for name in ("rank", "alpha", "split")}
     targets: dict[nn.Parameter, Target] = {}
     reasons: dict[nn.Parameter, str] = {}
     chosen: list[Layer] = []
     used: set[tuple[str, str | None]] = set()
-    for layer in layers:
-        if not layer.weight.requires_grad:
-            continue
-        reason = _why_not(layer, config)
-        if reason is not None:
+    for layer in trained:
+        if (reason := _why_not(layer, config)) is not None:
             reasons.setdefault(layer.weight, reason)
             continue
         if layer.is_linear and layer.weight.ndim != 2:
-            raise ValueError(f"{layer.name} has a weight of shape {tuple(layer.weight.shape)}: {SHARDED}.")
-        patterns: dict[str, dict[str, Any]] = {
-            "rank": config.rank_pattern,
-            "alpha": config.alpha_pattern,
-            "split": config.split_pattern,
-        }
+            raise ValueError(
+                f"{layer.name} has a weight of shape {tuple(layer.weight.shape)}: Fira cannot project flattened "
+                "weights (FSDP1, DeepSpeed). Use DDP or fully_shard."
+            )
         keys = {name: _pattern_key(pattern, layer) for name, pattern in patterns.items()}
         own: dict[str, Any] = {name: patterns[name][key] for name, key in keys.items() if key is not None}
         _check_split(layer, own.get("split", 1))
@@ -332,16 +329,15 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
                 f"gives them rank {tied.rank} and {target.rank}, alpha {tied.alpha} and {target.alpha}, "
                 f"{tied.split} and {target.split} parts: give them the same."
             )
-    for name in ("rank", "alpha", "split"):
-        setting = f"{name}_pattern"
-        for key in getattr(config, setting):
+    for name, pattern in patterns.items():
+        for key in pattern:
             if chosen and (name, key) not in used:
-                raise unmatched(setting, key, "matches no projected layer that an earlier entry leaves to it", chosen)
+                why = "matches no projected layer that an earlier entry leaves to it"
+                raise unmatched(f"{name}_pattern", key, why, chosen)
     if not targets:
-        reasons_given = ", ".join(sorted(set(reasons.values())))
         raise ValueError(
-            f"No weight is left to project (the linear layers are: {reasons_given}). Widen target_modules="
-            f"{config.target_modules!r}, or what restricts it."
+            f"No weight is left to project (the linear layers are: {', '.join(sorted(set(reasons.values())))}). "
+            f"Widen target_modules={config.target_modules!r}, or what restricts it."
         )
 
     itemsize = getattr(torch, config.state_dtype).itemsize
@@ -350,8 +346,7 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in model.named_parameters():
         if parameter in targets:
-            target = targets[parameter]
-            plan.projected.append(replace(target, name=name, state_itemsize=itemsize))
+            plan.projected.append(replace(targets[parameter], name=name, state_itemsize=itemsize))
         elif parameter.requires_grad:
             reason = reasons.get(parameter) or _kind(name, parameter, kinds[parameter])
             if parameter in reasons and parameter in embeddings:

@@ -711,6 +711,15 @@ def test_all_linear_takes_layers_to_transform():
     }
 
 
+def test_flattened_weights_are_refused():
+    """As FSDP1 and DeepSpeed leave them in their layers."""
+    model = build_llama()
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(layer.weight.detach().flatten())
+    with pytest.raises(ValueError, match=r"up_proj has a weight of shape \(2560,\).*Use DDP or fully_shard"):
+        find_targets(model, FiraConfig())
+
+
 def test_excluding_everything_is_an_error():
     with pytest.raises(ValueError, match="exclude_modules"):
         find_targets(build_llama(), FiraConfig(target_modules=["q_proj"], exclude_modules=["q_proj"]))
