@@ -212,20 +212,13 @@ def _is_sharded(args: TrainingArguments) -> bool:
         ValueError: something else shards them, or they are to be stepped inside backward.
     """
     name = OptimizerNames(args.optim).value
-    if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError(
-            f"optim={name!r} does not run under DeepSpeed, which flattens the weights that it projects: use FSDP2 "
-            '(fsdp=True with fsdp_config={"version": 2}, or accelerate\'s fsdp_version: 2) or DDP.'
-        )
-    if not args.fsdp and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+    engine = _sharding_engine(args)
+    if engine is None:
         return False
-    # By the arguments or, always so in older versions of transformers, by `accelerate launch`.
-    plugin = getattr(args, "fsdp_plugin_args", None) or {}
-    version = int(plugin.get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
-    if version != 2 or (isinstance(args.fsdp_config, dict) and args.fsdp_config.get("xla")):
+    if engine != "FSDP2":
         raise ValueError(
-            f"optim={name!r} does not run under FSDP{version}, which flattens the weights that it projects: use FSDP2 "
-            '(fsdp_config={"version": 2}, or accelerate\'s fsdp_version: 2) or DDP.'
+            f"optim={name!r} does not run under {engine}, which flattens the weights that it projects: use FSDP2 "
+            '(fsdp=True with fsdp_config={"version": 2}, or accelerate\'s fsdp_version: 2) or DDP.'
         )
     if args.optim == LAYERWISE:
         raise ValueError(
@@ -233,6 +226,18 @@ def _is_sharded(args: TrainingArguments) -> bool:
             'that would step them: set optim="fira".'
         )
     return True
+
+
+def _sharding_engine(args: TrainingArguments) -> str | None:
+    if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return "DeepSpeed"
+    if not args.fsdp and not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return None
+    if isinstance(args.fsdp_config, dict) and args.fsdp_config.get("xla"):
+        return "XLA's FSDP"
+    # By the arguments or, always so in older versions of transformers, by `accelerate launch`.
+    plugin = getattr(args, "fsdp_plugin_args", None) or {}
+    return f"FSDP{int(plugin.get('fsdp_version', os.environ.get('FSDP_VERSION', '1')))}"
 
 
 def config_from_args(args: TrainingArguments, model: nn.Module) -> FiraConfig:

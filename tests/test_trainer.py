@@ -251,7 +251,7 @@ FSDP2 = {"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 2}, "fsdp_config": {
     [
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "does not run under DeepSpeed"),
         (FSDP1, "does not run under FSDP1"),
-        (FSDP2 | {"fsdp_config": {"xla": True}}, "does not run under FSDP"),
+        (FSDP2 | {"fsdp_config": {"xla": True}}, "does not run under XLA's FSDP, which .*: use FSDP2"),
         (FSDP2 | {"optim": "fira_layerwise"}, 'set optim="fira"'),
         (FSDP2 | {"optim_args": "preset=published"}, "projection=power in optim_args"),
     ],
