@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 import fira_hf
+from fira_hf.distributed import local
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 PEERS = ("fira", "galore-torch", "apollo-torch", "pytorch_optimizer")
@@ -75,10 +75,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _tensor_bytes(value: Any) -> int:
-    if isinstance(value, DTensor):
-        value = value.to_local()
     if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
+        return local(value).numel() * value.element_size()
     if isinstance(value, dict):
         return sum(map(_tensor_bytes, value.values()))
     if isinstance(value, (list, tuple)):
