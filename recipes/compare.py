@@ -13,11 +13,10 @@ from recipes.settings import Recipe, read_overrides
 
 
 def parser(recipe: Recipe, description: str | None) -> argparse.ArgumentParser:
-    presets = ", ".join(sorted(path.name for path in recipe.experiments.iterdir()))
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("preset", help=f"{presets}, or a folder with <method>.yaml files")
+    parser.add_argument("preset", help=f"{recipe.presets}, or a folder with <method>.yaml files")
     parser.add_argument("--output_dir", type=Path, required=True, help="one folder for all runs and the report")
     parser.add_argument("--methods", type=lambda text: text.split(","), help="default: all that the preset has")
     return parser

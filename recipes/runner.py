@@ -31,9 +31,8 @@ def find_experiments(recipe: Recipe, preset: str, methods: list[str] | None) -> 
     folder = Path(preset) if Path(preset).is_dir() else recipe.experiments / preset
     found = {method: folder / f"{method}.yaml" for method in recipe.methods if (folder / f"{method}.yaml").is_file()}
     if not found:
-        presets = ", ".join(sorted(path.name for path in recipe.experiments.iterdir()))
         raise ValueError(
-            f"There is no preset {preset!r}; there are {presets}, or name a folder with <method>.yaml files."
+            f"There is no preset {preset!r}; there are {recipe.presets}, or name a folder with <method>.yaml files."
         )
     for method in methods or []:
         if method not in found:

@@ -46,6 +46,11 @@ class Recipe:
     def experiments(self) -> Path:
         return Path(__file__).parent / self.package.rpartition(".")[2] / "experiments"
 
+    @property
+    def presets(self) -> str:
+        """The names of all folders with experiments, for messages."""
+        return ", ".join(sorted(path.name for path in self.experiments.iterdir() if path.is_dir()))
+
 
 @dataclass(kw_only=True)
 class RestartArguments:

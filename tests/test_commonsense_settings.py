@@ -10,7 +10,8 @@ import pytest
 from commonsense_tiny import WORDS, write_data, write_model
 from recipes.commonsense import model, train
 from recipes.commonsense.settings import METHODS, RECIPE
-from recipes.settings import load_settings, read_overrides, to_argv
+from recipes.runner import find_experiments
+from recipes.settings import Recipe, load_settings, read_overrides, to_argv
 
 
 @pytest.fixture
@@ -23,6 +24,15 @@ def experiment(tmp_path):
         return path
 
     return write
+
+
+def test_only_folders_are_presets(tmp_path, monkeypatch):
+    monkeypatch.setattr(Recipe, "experiments", tmp_path)
+    (tmp_path / "README.md").touch()
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="There is no preset 'c'; there are a, b, or name a folder"):
+        find_experiments(RECIPE, "c", None)
 
 
 def test_an_experiment_states_what_differs_from_its_defaults(experiment):
