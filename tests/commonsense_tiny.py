@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from conftest import build_llama
+from recipes.text import train_tokenizer
 
 WORDS = {
     "boolq": ("true", "false"),
@@ -44,20 +45,10 @@ def write_data(folder: Path, train: int = 8, test: int = 4) -> Path:
 
 def build_tokenizer(vocab_size: int = 400):
     """Byte-pair encoding learned from the questions; with a vocabulary of 260 words fall into many tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     texts = [text for task in WORDS for text in question(task, 1).values()]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<unk>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = train_tokenizer(texts, vocab_size, ("<unk>", "<eos>"))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
 
 

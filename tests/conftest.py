@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+from recipes import rundir
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)  # these matrices are so small that a second thread only costs
+
+ROOT = Path(__file__).parents[1]
+RECIPE_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # for processes that run a recipe
 
 
 def build_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **config):
@@ -83,11 +91,10 @@ def trainer_settings(**arguments) -> dict:
 
 def launch(script: str, folder: Path, processes: int, *arguments: str) -> None:
     """Runs a script by torchrun, one thread a process on the CPU; fails with what it wrote if it fails."""
-    tests = Path(__file__).parent
     path = folder / "script.py"
     path.write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    search = os.pathsep.join([str(tests.parent), str(tests)])
+    search = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     result = subprocess.run(
         [*command, str(path), *arguments],
         env=os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -96,6 +103,41 @@ def launch(script: str, folder: Path, processes: int, *arguments: str) -> None:
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def _train_words(preset: Path, method: str, folder: Path, words: tuple[str, ...]) -> list[str]:
+    return [str(preset / f"{method}.yaml"), "--output_dir", str(folder), *words]
+
+
+def run_recipe(train: ModuleType, preset: Path, method: str, folder: Path, *words: str) -> dict:
+    """Trains by a recipe's `train` in this process; the result."""
+    code = train.main(_train_words(preset, method, folder, words))
+    result = json.loads((folder / "result.json").read_text())
+    assert code == (result["status"] != "ok")
+    return result
+
+
+def kill_recipe(train: ModuleType, preset: Path, method: str, folder: Path, *words: str) -> None:
+    """Does the same in another process and kills it when it has a checkpoint."""
+    command = [sys.executable, "-m", train.__name__, *_train_words(preset, method, folder, words)]
+    process = start_until_checkpoint(command, folder, folder.parent)
+    process.kill()
+    process.wait()
+    assert not (folder / "result.json").exists()
+
+
+def start_until_checkpoint(command: list[str], folder: Path, logs: Path, **environment: str) -> subprocess.Popen:
+    """A process that has just written the first checkpoint into `folder`; out.txt and err.txt in `logs` are its."""
+    with (logs / "out.txt").open("w") as out, (logs / "err.txt").open("w") as err:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | RECIPE_ENVIRONMENT | environment, stdout=out, stderr=err
+        )
+    deadline = time.monotonic() + 120
+    while not rundir.last_checkpoint(folder):
+        assert process.poll() is None, (logs / "err.txt").read_text()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
 
 
 @pytest.fixture

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,15 +18,15 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from commonsense_tiny import write_data, write_model, write_preset
-from conftest import launch
+from conftest import ROOT, launch, run_recipe, start_until_checkpoint
 from recipes import files, processes, rundir
-from recipes.commonsense import compare, report, search
+from recipes.commonsense import compare, report, search, train
 from recipes.commonsense.train import RECIPE, parse
 from recipes.launch import share_batch
 from recipes.settings import load_settings
-from test_commonsense_run import ENVIRONMENT, ROOT, losses, run
 from test_docs import check_command
 
+run = functools.partial(run_recipe, train)
 CONFIGS = {path.stem: path for path in (ROOT / "recipes" / "commonsense" / "accelerate").glob("*.yaml")}
 # Long enough to be killed in time; two micro-batches a step, which two processes share.
 WORDS = ["--num_train_epochs", "5", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
@@ -63,19 +63,12 @@ def killed(preset, tmp_path_factory) -> SimpleNamespace:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS["ddp-2cpu"])]
     command += ["-m", "recipes.commonsense.compare", str(preset), "--output_dir", str(folder)]
     command += ["--methods", "fira-full", *WORDS]
-    with (folder / "out.txt").open("w") as out, (folder / "err.txt").open("w") as err:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}, stdout=out, stderr=err
-        )
-        deadline = time.monotonic() + 120
-        while not (checkpoint := rundir.last_checkpoint(run_folder)):
-            assert process.poll() is None, (folder / "err.txt").read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        victim = find_process(1, str(run_folder))
-        assert victim is not None, "it ended before it could be killed"
-        os.kill(victim, signal.SIGKILL)
-        code = process.wait(timeout=60)
+    process = start_until_checkpoint(command, run_folder, folder, CUDA_VISIBLE_DEVICES="")
+    victim = find_process(1, str(run_folder))
+    assert victim is not None, "it ended before it could be killed"
+    os.kill(victim, signal.SIGKILL)
+    code = process.wait(timeout=60)
+    checkpoint = rundir.last_checkpoint(run_folder)
     out, err = ((folder / name).read_text() for name in ("out.txt", "err.txt"))
     return SimpleNamespace(folder=folder, run=run_folder, checkpoint=checkpoint, code=code, out=out, err=err)
 
@@ -175,7 +168,8 @@ def test_a_run_killed_in_two_processes_ends_as_if_one_had_run_through(killed, fo
     # The same batches: a step takes one micro-batch of each process.
     assert result["settings"] | {"use_cpu": True} == single["settings"]
     assert [of_one["all_settings"]["gradient_accumulation_steps"] for of_one in (result, single)] == [1, 2]
-    first, second = ({step: loss for step, loss, _ in losses(of_one) if loss} for of_one in (result, single))
+    histories = (of_one["history"] for of_one in (result, single))
+    first, second = ({entry["step"]: entry["loss"] for entry in h if "loss" in entry} for h in histories)
     assert len(first) == 35  # every second step
     assert first == pytest.approx(second, rel=1e-5)
     assert result["eval_loss"] == pytest.approx(single["eval_loss"], rel=1e-5)

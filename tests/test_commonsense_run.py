@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,11 +16,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from commonsense_tiny import WORDS, write_data, write_model, write_preset
+from conftest import RECIPE_ENVIRONMENT, kill_recipe, run_recipe
 from recipes import files, measure, rundir
 from recipes.commonsense import compare, report, scoring, search, train
 
-ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+run = functools.partial(run_recipe, train)
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +31,8 @@ def preset(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _subprocesses_find_the_recipe(monkeypatch):
-    for name, value in ENVIRONMENT.items():
+    for name, value in RECIPE_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-
-
-def run(preset: Path, method: str, folder: Path, *words: str) -> dict:
-    """Train in this process; the result."""
-    code = train.main([str(preset / f"{method}.yaml"), "--output_dir", str(folder), *words])
-    result = json.loads((folder / "result.json").read_text())
-    assert code == (result["status"] != "ok")
-    return result
 
 
 def losses(result: dict) -> list[tuple]:
@@ -113,18 +104,8 @@ def test_a_run_killed_in_training_ends_as_if_it_had_not_been(preset, tmp_path, c
     words = ["--num_train_epochs", "8", "--save_total_limit", "2"]
     whole = run(preset, method, tmp_path / "whole", *words)
     killed = tmp_path / "killed"
-    experiment = str(preset / f"{method}.yaml")
-    command = [sys.executable, "-m", "recipes.commonsense.train", experiment, "--output_dir", str(killed), *words]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not rundir.last_checkpoint(killed):
-        assert process.poll() is None, "it ended before it had a checkpoint"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_recipe(train, preset, method, killed, *words)
     checkpoint = rundir.last_checkpoint(killed)
-    assert not (killed / "result.json").exists()
     assert int(checkpoint.name.rpartition("-")[2]) < whole["steps"]
     (killed / "checkpoint-9999").mkdir()  # as a kill in the middle of saving leaves it
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,12 +15,12 @@ import torch
 from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from conftest import kill_recipe, run_recipe
 from pretraining_tiny import BATCH, CONFIG, LENGTH, METHODS, STEPS, write_preset
-from recipes import rundir
 from recipes.pretraining import compare, report, search, train
 from recipes.relora import Restarts, add_lora, restart
 
-ROOT = Path(__file__).parents[1]
+run = functools.partial(run_recipe, train)
 DENSE = 2 * 300 * 32 + 5 * 32  # embeddings, output head, norms
 MATRICES = 2 * (4 * 32 * 32 + 3 * 32 * 80)
 
@@ -30,14 +28,6 @@ MATRICES = 2 * (4 * 32 * 32 + 3 * 32 * 80)
 @pytest.fixture(scope="module")
 def preset(tmp_path_factory) -> Path:
     return write_preset(tmp_path_factory.mktemp("pretraining") / "tiny")
-
-
-def run(preset: Path, method: str, folder: Path, *words: str) -> dict:
-    """Train in this process; the result."""
-    code = train.main([str(preset / f"{method}.yaml"), "--output_dir", str(folder), *words])
-    result = json.loads((folder / "result.json").read_text())
-    assert code == (result["status"] != "ok")
-    return result
 
 
 def curve(result: dict) -> list[tuple]:
@@ -171,23 +161,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(preset, method, tmp_path, capsy
     words = ["--max_steps", "120", "--save_steps", "15", "--save_total_limit", "2", "--eval_steps", "30"]
     whole = run(preset, method, tmp_path / "whole", *words)
     assert whole["history"][-1]["epoch"] > 2
-    killed = tmp_path / "killed"
-    experiment = str(preset / f"{method}.yaml")
-    command = [sys.executable, "-m", "recipes.pretraining.train", experiment, "--output_dir", str(killed), *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while not rundir.last_checkpoint(killed):
-        assert process.poll() is None, "it ended before it had a checkpoint"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "result.json").exists()
-
-    resumed = run(preset, method, killed, *words)
+    kill_recipe(train, preset, method, tmp_path / "killed", *words)
+    resumed = run(preset, method, tmp_path / "killed", *words)
     assert "Continuing from" in capsys.readouterr().out
     assert curve(resumed) == curve(whole)
     for key in ("train_loss", "eval_loss", "perplexity", "training_tokens", "optimizer_state_bytes"):
