@@ -52,44 +52,51 @@ def test_two_processes_hold_the_same_weights_and_resume(tmp_path):
     assert torch.equal(first, found["resumed"])
 
 
-LOOP = """
+COMMON = """
 import sys
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map_only
+from torch.nn.utils import parameters_to_vector
 
-from fira_hf import FiraConfig, get_fira_optimizer, refresh
+from fira_hf import FiraConfig, get_fira_optimizer
 
-STEPS, ROWS = 200, 12
+ROWS = 12
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
+own = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
 
 def build():
     torch.manual_seed(0)
     widths = [(96, 160), (160, 96), (96, 96), (96, 80), (80, 8)]
     layers = [layer for a, b in widths for layer in (torch.nn.Linear(a, b), torch.nn.Tanh())]
     return torch.nn.Sequential(*layers[:-1])
+"""
+
+LOOP = (
+    COMMON
+    + """
+from fira_hf import refresh
 
 def train(model, steps, rows, spoiled=None):
     settings = {"projection": "power", "moments": "rotated", "weight_decay": 0.1, "lr": 1e-3}
     settings |= {"rank": 8, "update_proj_gap": 15, "refresh": sys.argv[2]}
     optimizer = get_fira_optimizer(model, FiraConfig(**settings))
     generator = torch.Generator().manual_seed(1)
-    start = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    start = parameters_to_vector(model.parameters()).detach().clone()
     for step in range(steps):
         batch = torch.randn(ROWS, 104, generator=generator)
         inputs, targets = batch[rows].split((96, 8), dim=1)
         if step == spoiled and rank == world - 1:
             inputs = inputs * torch.nan
-        before = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+        before = parameters_to_vector(model.parameters()).detach().clone()
         torch.nn.functional.mse_loss(model(inputs), targets).backward()
         optimizer.step()
         optimizer.zero_grad()
         if step == spoiled:
-            assert torch.equal(before, torch.nn.utils.parameters_to_vector(model.parameters()))
-    return torch.nn.utils.parameters_to_vector(model.parameters()).detach(), start, optimizer
+            assert torch.equal(before, parameters_to_vector(model.parameters()))
+    return parameters_to_vector(model.parameters()).detach(), start, optimizer
 
 found, original = [], refresh.find_bases
 def counting(grads, *others):
@@ -97,8 +104,7 @@ def counting(grads, *others):
     return original(grads, *others)
 refresh.find_bases = counting
 
-own = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
-weights, _, optimizer = train(DistributedDataParallel(build()), STEPS, own, spoiled=77)
+weights, _, optimizer = train(DistributedDataParallel(build()), 200, own, spoiled=77)
 assert optimizer.process_group is not None
 shared = sum(found)
 everything = [weights, *(v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v))]
@@ -119,6 +125,7 @@ if rank == 0:
 dist.barrier()  # none goes while another still talks to it
 dist.destroy_process_group()
 """
+)
 
 
 @pytest.mark.parametrize(("processes", "refresh"), [(2, "together"), (3, "staggered")])
@@ -136,27 +143,13 @@ def test_replicas_share_the_refreshes_and_stay_equal(tmp_path, processes, refres
         assert total <= 5 * 15
 
 
-ZERO = """
+ZERO = (
+    COMMON
+    + """
 import copy
-import sys
-import torch
-import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parameters_to_vector
 
-from fira_hf import FiraAdamW, FiraConfig, get_fira_optimizer
-
-ROWS = 12
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-rank, world = dist.get_rank(), dist.get_world_size()
-
-def build():
-    torch.manual_seed(0)
-    widths = [(96, 160), (160, 96), (96, 96), (96, 80), (80, 8)]
-    layers = [layer for a, b in widths for layer in (torch.nn.Linear(a, b), torch.nn.Tanh())]
-    return DistributedDataParallel(torch.nn.Sequential(*layers[:-1]))
+from fira_hf import FiraAdamW
 
 def split(model):
     return ZeroRedundancyOptimizer(prepare(model).param_groups, FiraAdamW)
@@ -169,7 +162,7 @@ def prepare(model):
 def train(model, optimizer, first, last):
     for step in range(first, last):
         batch = torch.randn(ROWS, 104, generator=torch.Generator().manual_seed(step))
-        inputs, targets = batch[rank * ROWS // world : (rank + 1) * ROWS // world].split((96, 8), dim=1)
+        inputs, targets = batch[own].split((96, 8), dim=1)
         torch.nn.functional.mse_loss(model(inputs), targets).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -179,21 +172,21 @@ def size(optimizer):
     tensors = [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
     return sum(x.numel() for x in tensors)
 
-model = build()
+model = DistributedDataParallel(build())
 plain = prepare(model)
 weights = train(model, plain, 0, 40)
 
-model = build()
+model = DistributedDataParallel(build())
 optimizer = split(model)
 train(model, optimizer, 0, 20)
-halfway, own = copy.deepcopy(model.state_dict()), optimizer.optim.state_dict()
+halfway, mine = copy.deepcopy(model.state_dict()), optimizer.optim.state_dict()
 optimizer.consolidate_state_dict(0)
 whole = [optimizer.state_dict() if rank == 0 else None]
 dist.broadcast_object_list(whole)
-torch.save(own, f"{sys.argv[1]}-{rank}")
+torch.save(mine, f"{sys.argv[1]}-{rank}")
 found = {"weights": weights, "split": train(model, optimizer, 20, 40)}
 
-model = build()
+model = DistributedDataParallel(build())
 model.load_state_dict(halfway)
 optimizer = split(model)
 optimizer.optim.load_state_dict(torch.load(f"{sys.argv[1]}-{rank}"))
@@ -211,6 +204,7 @@ if rank == 0:
 dist.barrier()  # none goes while another still talks to it
 dist.destroy_process_group()
 """
+)
 
 
 def test_torchs_zero_redundancy_optimizer_splits_the_state(tmp_path):
