@@ -19,6 +19,7 @@ from commonsense_tiny import WORDS, write_data, write_model, write_preset
 from conftest import RECIPE_ENVIRONMENT, kill_recipe, run_recipe
 from recipes import files, measure, rundir
 from recipes.commonsense import compare, report, scoring, search, train
+from recipes.commonsense.settings import METHODS
 
 run = functools.partial(run_recipe, train)
 
@@ -39,8 +40,10 @@ def losses(result: dict) -> list[tuple]:
     return [(entry["step"], entry.get("loss"), entry.get("eval_loss")) for entry in result["history"]]
 
 
-@pytest.mark.parametrize("method", ["lora", "fira-on-lora", "fira-full", "adamw-full"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_records_what_it_did(preset, method, tmp_path):
+    if method.startswith("galore"):
+        pytest.importorskip("galore_torch")  # with bitsandbytes, which is not built for every system
     result = run(preset, method, tmp_path, "--eval_strategy", "steps", "--eval_steps", "7")
     assert result["status"] == "ok"
     assert result["steps"] == 14
@@ -54,7 +57,9 @@ def test_every_method_trains_and_records_what_it_did(preset, method, tmp_path):
     assert result["tokens_per_second"] == pytest.approx(result["training_tokens"] / result["train_seconds"], rel=1e-3)
     assert result["provenance"]["versions"].keys() >= {"torch", "transformers", "peft", "fira_hf"}
     assert result["all_settings"]["learning_rate"] == 1e-3
-    assert ("fira_limiter_active" in result["history"][0]) == method.startswith("fira")
+    assert ("fira_limiter_active" in result["history"][0]) == method.startswith(("fira", "flora"))
+    if method.startswith("flora"):
+        assert all(entry["fira_residual_share"] == 0 for entry in result["history"] if "loss" in entry)
     assert str(tmp_path) not in json.dumps(result).replace(os.path.relpath(tmp_path), "")
     assert not list(tmp_path.glob("checkpoint-*"))
 
@@ -65,11 +70,23 @@ def test_every_method_trains_and_records_what_it_did(preset, method, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     else:
         # A and B of rank 8 around q, v (32 x 32, 16 x 32), k (16 x 32), up (80 x 32), down (32 x 80), two layers.
-        assert result["trainable_parameters"] == 2 * 8 * (64 + 48 + 48 + 112 + 112)
-        PeftModel.from_pretrained(model, tmp_path / "model")
-    if not method.startswith("fira"):
-        matrices = result["trainable_parameters"]
-        assert result["optimizer_state_bytes"] == pytest.approx(2 * 4 * matrices, rel=1e-2)
+        lora = 2 * 8 * (64 + 48 + 48 + 112 + 112)
+        magnitudes = 2 * (32 + 16 + 16 + 80 + 32)  # of DoRA: one an output
+        assert result["trainable_parameters"] == lora + (magnitudes if method == "dora" else 0)
+    if method == "relora":  # what the restarts merged is in the weights
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        assert sum(p.numel() for p in merged.parameters()) == total
+        moved = {name for name, p in merged.named_parameters() if not torch.equal(p, model.get_parameter(name))}
+        assert {name.split(".")[-2] for name in moved} == {"q_proj", "k_proj", "v_proj", "up_proj", "down_proj"}
+        assert min(entry["learning_rate"] for entry in result["history"] if "learning_rate" in entry) < 5e-4
+    elif not method.endswith("full"):
+        loaded = PeftModel.from_pretrained(model, tmp_path / "model")
+        assert loaded.peft_config["default"].use_dora == (method == "dora")
+    adamw_state = 2 * 4 * result["trainable_parameters"]
+    if method in ("lora", "dora", "relora", "adamw-full"):
+        assert result["optimizer_state_bytes"] == pytest.approx(adamw_state, rel=1e-2)
+    else:
+        assert result["optimizer_state_bytes"] < adamw_state
 
 
 def test_fira_on_lora_projects_a_and_b_and_fira_full_the_weights(preset, tmp_path, capsys):

@@ -80,7 +80,7 @@ def test_lists_and_mappings_reach_the_parser():
 @pytest.mark.parametrize(
     ("text", "words", "message"),
     [
-        ("seed: 1", [], "names no method; it must be one of lora, fira-on-lora"),
+        ("seed: 1", [], "names no method; it must be one of lora, dora, relora"),
         ("method: adam", [], "method is 'adam'; it must be one of lora"),
         ("method: lora", ["--optim", "fira"], "method lora cannot use optim fira; leave optim out"),
         ("method: fira-full", ["--optim", "adamw_torch"], "method fira-full cannot use optim adamw_torch"),
@@ -156,6 +156,12 @@ def test_dry_run_of_llama_7b_needs_no_weights(method, tmp_path, capsys):
         "fira-full": ["Fira projects 224 matrices", "trains 6,738,415,616 of 6,738,415,616"],
         "adamw-full": ["weights            12.551 GiB", "optimizer state    25.103 GiB"],
         "galore-full": ["weights            12.551 GiB", "optimizer state     1.099 GiB"],
+        "flora-full": ["Fira projects 224 matrices", "trains 6,738,415,616 of 6,738,415,616"],
+        # A magnitude for each output of q, k, v, up and down.
+        "dora": [f"trains {56_098_816 + 32 * (4 * 4096 + 11008):,} of"],
+        "relora": ["trains 56,098,816 of 6,794,514,432", "optimizer state     0.418 GiB"],
+        "flora-on-lora": ["Fira projects 320 matrices (320 at rank 16) with 56,098,816 of 56,098,816"],
+        "galore-on-lora": ["trains 56,098,816 of 6,794,514,432"],
     }
     for text in expected[method]:
         assert text in output

@@ -49,7 +49,8 @@ def predict_memory(
     if training.optim == "galore_adamw":
         rank = dict(entry.split("=") for entry in training.optim_args.replace(" ", "").split(","))["rank"]
         memory = estimate_memory(model, FiraConfig(rank=int(rank), target_modules=arguments.target_modules), *batch)
-        # The same basis and moments as Fira's, but in the dtype of the weights.
-        memory.optimizer_state = memory.optimizer_state * model.dtype.itemsize // FP32
+        # The same basis and moments as Fira's, but in the dtype of the weights that are trained.
+        trained = next(p for p in model.parameters() if p.requires_grad)
+        memory.optimizer_state = memory.optimizer_state * trained.itemsize // FP32
         return memory
     return estimate_memory(model, None, *batch)
