@@ -22,7 +22,9 @@ CONFIG = {
 LENGTH, BATCH, STEPS = 16, 4, 12
 METHODS = {
     "adamw": {},
+    "adamw-two-rates": {"dense_lr": "3e-2"},
     "fira": {"optim_args": "rank=4, update_proj_gap=5"},
+    "flora": {"optim_args": "rank=4, update_proj_gap=5, projection=random, residual=none"},
     "galore": {"optim_args": "rank=4, update_proj_gap=5, scale=0.25", "save_strategy": "no"},
     "apollo": {"optim_args": "rank=4, update_proj_gap=5", "save_strategy": "no"},
     "lora": {"lora_rank": 4},

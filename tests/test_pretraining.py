@@ -43,7 +43,7 @@ def test_every_method_trains_and_records_what_it_did(preset, method, tmp_path):
     assert (result["status"], result["steps"], result["method"]) == ("ok", STEPS, method)
     assert result["parameters"] == DENSE + MATRICES
     lora = 2 * 4 * (4 * (32 + 32) + 3 * (32 + 80))  # two layers, rank 4
-    assert result["trainable_parameters"] == DENSE + (lora if "lora" in method else MATRICES)
+    assert result["trainable_parameters"] == DENSE + (lora if method in ("lora", "relora") else MATRICES)
     assert result["training_tokens"] == STEPS * BATCH * LENGTH
     assert result["tokens_per_second"] == pytest.approx(result["training_tokens"] / result["train_seconds"])
     assert result["history"][-2]["num_input_tokens_seen"] == result["training_tokens"]
@@ -54,9 +54,11 @@ def test_every_method_trains_and_records_what_it_did(preset, method, tmp_path):
     for entry in [*evaluations, result]:
         assert entry["perplexity"] == pytest.approx(math.exp(entry["eval_loss"]))
     assert result["eval_loss"] == evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
-    assert ("fira_limiter_active" in result["history"][0]) == (method == "fira")
+    assert ("fira_limiter_active" in result["history"][0]) == (method in ("fira", "flora"))
+    if method == "flora":
+        assert all(entry["fira_residual_share"] == 0 for entry in result["history"] if "loss" in entry)
     adamw_state = 2 * 4 * result["trainable_parameters"]
-    if method in ("adamw", "lora", "relora"):
+    if method in ("adamw", "adamw-two-rates", "lora", "relora"):
         assert result["optimizer_state_bytes"] == pytest.approx(adamw_state, rel=1e-2)
     else:
         assert result["optimizer_state_bytes"] < adamw_state
@@ -73,6 +75,21 @@ def test_every_method_trains_and_records_what_it_did(preset, method, tmp_path):
     assert result["eval_tokens"] == rows.numel()
     with torch.no_grad():
         assert model(input_ids=rows, labels=rows).loss.item() == pytest.approx(result["eval_loss"], rel=1e-4)
+
+
+def test_two_rates_are_those_of_the_matrices_and_of_the_rest(preset, tmp_path):
+    """A rate of zero for one of the two leaves it as it began, and the schedule scales both."""
+    words = ["--max_steps", "2", "--lr_scheduler_type", "linear"]
+    models = {}
+    for name, rates in {"none": "0 0", "matrices": "1e-2 0", "rest": "0 1e-2"}.items():
+        rate, dense = rates.split()
+        run(preset, "adamw-two-rates", tmp_path / name, *words, "--learning_rate", rate, "--dense_lr", dense)
+        models[name] = LlamaForCausalLM.from_pretrained(tmp_path / name / "model")
+    start = dict(models.pop("none").named_parameters())
+    for name, model in models.items():
+        moved = {key for key, p in model.named_parameters() if not torch.equal(p, start[key])}
+        projected = {key for key in start if "attn" in key or "mlp" in key}
+        assert moved == (projected if name == "matrices" else start.keys() - projected)
 
 
 def test_fira_projects_the_matrices_of_attention_and_mlp(preset, tmp_path, capsys):

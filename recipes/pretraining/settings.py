@@ -16,6 +16,7 @@ FIRA = Method(lora=False, optimizers=("fira", "fira_layerwise"))
 GALORE = Method(lora=False, optimizers=("galore_adamw",))
 METHODS = {
     "adamw": Method(lora=False, optimizers=ADAMW),
+    "adamw-two-rates": Method(lora=False, optimizers=ADAMW),
     "fira": FIRA,
     "fira-hf": FIRA,
     "galore": GALORE,
@@ -70,6 +71,10 @@ class RecipeArguments(RestartArguments):
     eval_tokens: int = field(default=10_000_000, metadata={"help": "Evaluate on the first so many tokens."})
     lora_rank: int = field(default=128, metadata={"help": "Rank of LoRA's A and B."})
     lora_alpha: int = field(default=32, metadata={"help": "LoRA's scale is lora_alpha / lora_rank."})
+    dense_lr: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of embeddings, norms and output head (adamw-two-rates; Fira's: optim_args)."},
+    )
     keep_model: bool = field(default=True, metadata={"help": "Save the trained model in output_dir/model."})
 
     def __post_init__(self) -> None:
@@ -80,6 +85,10 @@ class RecipeArguments(RestartArguments):
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
         self.check_restarts(self.method)
+        if (self.method == "adamw-two-rates") != (self.dense_lr is not None):
+            raise ValueError(
+                f"method is {self.method} and dense_lr {self.dense_lr}; adamw-two-rates needs it, no other has it."
+            )
         if self.data_dir == C4 and self.tokenizer is None:
             raise ValueError(
                 f"data_dir {C4} is a stream, from which no tokenizer is learned; set tokenizer (t5-base)."

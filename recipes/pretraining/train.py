@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from torch.optim import AdamW
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import fira_hf  # registers optim="fira"
 from recipes import launch, measure
@@ -23,6 +24,8 @@ from recipes.pretraining.model import build, load_config
 from recipes.pretraining.settings import C4, METHODS, RECIPE, RecipeArguments
 from recipes.relora import Restarts, add_lora, merge
 
+MATRICES = ("attn", "mlp")  # as published, linear layers with these in their names are projected
+
 
 def parse(settings: dict[str, Any]) -> tuple[RecipeArguments, TrainingArguments]:
     """Settings -> typed arguments. Raises ValueError for an unknown key or a value of the wrong kind."""
@@ -30,7 +33,7 @@ def parse(settings: dict[str, Any]) -> tuple[RecipeArguments, TrainingArguments]
     if arguments.data_dir == C4 and training.max_steps < 1:
         raise ValueError(f"data_dir {C4} is a stream without an end; set max_steps to a number of optimizer steps.")
     if not training.optim.startswith("adamw"):
-        training.optim_target_modules = ["attn", "mlp"]  # as published: linear layers with these in their names
+        training.optim_target_modules = list(MATRICES)
     training.include_num_input_tokens_seen = "non_padding"
     return arguments, training
 
@@ -52,9 +55,11 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
         callbacks.append(fira_hf.FiraCallback())
     if arguments.method == "relora":
         callbacks.append(Restarts(arguments.relora_interval, arguments.relora_warmup))
+    optimizers = (two_rates(model, arguments, training), None) if arguments.dense_lr is not None else (None, None)
     trainer = Trainer(
         model=model,
         args=training,
+        optimizers=optimizers,
         train_dataset=train,
         eval_dataset=valid,
         data_collator=functools.partial(data.collate, length=arguments.sequence_length),
@@ -79,6 +84,20 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
         "perplexity": perplexity(loss),
         "eval_tokens": sum(map(len, valid["input_ids"])),
     }
+
+
+def two_rates(model: LlamaForCausalLM, arguments: RecipeArguments, training: TrainingArguments) -> AdamW:
+    """AdamW with a learning rate of its own for what the low-rank methods do not project."""
+    matrices = [p for name, p in model.named_parameters() if any(part in name for part in MATRICES)]
+    others = [p for name, p in model.named_parameters() if not any(part in name for part in MATRICES)]
+    return AdamW(
+        [{"params": matrices}, {"params": others, "lr": arguments.dense_lr}],
+        lr=training.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_epsilon,
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
 
 
 def perplexity(loss: float) -> float:
