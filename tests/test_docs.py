@@ -140,7 +140,8 @@ def check_module(module: str, arguments: list[str]) -> None:
         from recipes.runner import find_experiments
 
         recipe = importlib.import_module(f"{package}.settings").RECIPE
-        for experiment in find_experiments(recipe, arguments[0], None).values():
+        named = arguments[arguments.index("--methods") + 1].split(",") if "--methods" in arguments else None
+        for experiment in find_experiments(recipe, arguments[0], named).values():
             check_experiment(package, str(experiment), *passed_on)
     else:
         assert not passed_on, f"{module} has no {passed_on[0]}"

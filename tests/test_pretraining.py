@@ -176,6 +176,8 @@ def test_the_learning_rate_warms_up_after_a_restart_and_then_follows_its_schedul
 def test_a_killed_run_ends_as_if_it_had_not_been(preset, method, tmp_path, capsys):
     """Continued in the middle of a pass over the text, of which there are several in different orders."""
     words = ["--max_steps", "120", "--save_steps", "15", "--save_total_limit", "2", "--eval_steps", "30"]
+    records = ("analysis.json", "analysis.npy") if method == "fira" else ()
+    words += ["--analysis_steps", "4"] if records else []
     whole = run(preset, method, tmp_path / "whole", *words)
     assert whole["history"][-1]["epoch"] > 2
     kill_recipe(train, preset, method, tmp_path / "killed", *words)
@@ -184,6 +186,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(preset, method, tmp_path, capsy
     assert curve(resumed) == curve(whole)
     for key in ("train_loss", "eval_loss", "perplexity", "training_tokens", "optimizer_state_bytes"):
         assert resumed[key] == whole[key]
+    for name in records:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.fixture

@@ -75,15 +75,25 @@ class RecipeArguments(RestartArguments):
         default=None,
         metadata={"help": "Learning rate of embeddings, norms and output head (adamw-two-rates; Fira's: optim_args)."},
     )
+    analysis_steps: int | None = field(
+        default=None,
+        metadata={"help": "Record scaling factors, energy and limiter every so many optimizer steps (fira, adamw)."},
+    )
     keep_model: bool = field(default=True, metadata={"help": "Save the trained model in output_dir/model."})
 
     def __post_init__(self) -> None:
         one_of("method", self.method, METHODS)
         one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        for name in ("sequence_length", "eval_tokens", "lora_rank", "lora_alpha"):
+        for name in ("sequence_length", "eval_tokens", "lora_rank", "lora_alpha", "analysis_steps"):
             value = getattr(self, name)
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
+        method = METHODS[self.method]
+        if self.analysis_steps and (method.lora or method.optimizers[0] not in (*ADAMW, *FIRA.optimizers)):
+            raise ValueError(
+                f"analysis_steps is {self.analysis_steps}, but what method {self.method} scales cannot be compared: "
+                "it is for adamw and fira; leave it out."
+            )
         self.check_restarts(self.method)
         if (self.method == "adamw-two-rates") != (self.dense_lr is not None):
             raise ValueError(

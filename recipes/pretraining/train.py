@@ -18,6 +18,7 @@ from torch.optim import AdamW
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import fira_hf  # registers optim="fira"
+from fira_hf.callbacks import AnalysisCallback
 from recipes import launch, measure
 from recipes.pretraining import data
 from recipes.pretraining.model import build, load_config
@@ -53,6 +54,8 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
     callbacks: list[TrainerCallback] = [measure.StepTime()]
     if training.optim.startswith("fira"):
         callbacks.append(fira_hf.FiraCallback())
+    if arguments.analysis_steps:
+        callbacks.append(AnalysisCallback(arguments.analysis_steps))
     if arguments.method == "relora":
         callbacks.append(Restarts(arguments.relora_interval, arguments.relora_warmup))
     optimizers = (two_rates(model, arguments, training), None) if arguments.dense_lr is not None else (None, None)
