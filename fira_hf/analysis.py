@@ -24,13 +24,17 @@ from torch.distributed.tensor import DTensor
 
 from . import functional as F
 
+# The residual's norm is computed again here, in another order of sums: a factor so close to 1 is no limit. Nor is one
+# within an ulp of the moments where they are stored in bf16, since the step had them before they were rounded.
+ROUNDING = 1e-5
+
 
 class Measurement(NamedTuple):
     """What one step did to a matrix, fp32 on its device; NaN where its gradient was zero or not finite.
 
     rows: (long,) phi of each row of the long side, NaN where its gradient was zero. matrix: phi of the whole.
-    captured_energy: ||R||^2 / ||G||^2, 1 in a full-rank run. residual_norm: ||c S||, as it was applied; limiter: the
-    norm-growth limiter's factor c. Both are NaN in a full-rank run, and the former is infinite where S is negligible.
+    captured_energy: ||R||^2 / ||G||^2, 1 in a full-rank run. residual_norm: ||c S||, as the limiter left it;
+    limiter: its factor c. Both are NaN in a full-rank run, and the former is infinite where S is negligible.
     """
 
     rows: Tensor
@@ -100,7 +104,9 @@ def measure(p: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], trans
         norm = F.residual_norm(F.residual_scale(N_norms, R_norms, group["scaling"]), G_norms, R_norms, k)
         residual = state["residual_norm"]
         # The state keeps what the limiter left. An infinite norm is a negligible residual, which it leaves alone.
-        limiter = torch.where(torch.isfinite(norm), residual / norm, 1.0).clamp(max=1.0).view(())
+        factor = torch.where(torch.isfinite(norm), residual / norm, 1.0).view(())
+        rounding = max(ROUNDING, torch.finfo(state["exp_avg"].dtype).eps)
+        limiter = torch.where((factor - 1).abs() < rounding, 1.0, factor)
     usable = F.are_usable(G_norms[None])[0]
     values = (matrix[0, 0], (inside / whole).square().view(()), residual, limiter)
     rows = torch.where(usable & (G_norms > 0), rows, nan).flatten()

@@ -70,6 +70,36 @@ def test_a_projected_weight_is_measured_as_the_equations_say(shape, settings):
     assert min(factors) < 0.9 and factors.count(1.0) > 1  # both kinds of steps were there
 
 
+@pytest.mark.parametrize(
+    "limiter", [{"gamma": None}, {"gamma": 0.5, "limiter": "scale"}, {"gamma": 0.5, "limiter": "shrink"}]
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_factor_of_every_limiter(limiter, dtype):
+    """Exactly 1 where there is none, though the norm is computed again; above 1 where the last residual was larger."""
+    parameters = [weight((300, 40), seed) for seed in range(8)]
+    group = {**PUBLISHED, "rank": 8, "state_dtype": dtype} | limiter
+    optimizer = FiraAdamW([{"params": parameters, **group}])
+    factors, previous = [], {}
+    for step in zip(*(gradients((300, 40), 8, seed) for seed in range(8)), strict=True):
+        for p, gradient in zip(parameters, step, strict=True):
+            p.grad = gradient
+        optimizer.step()
+        for p in parameters:
+            found = measure(p, optimizer.state[p], optimizer.param_groups[0])
+            after, before = found.residual_norm.item(), previous.get(p)
+            expected = limiter["gamma"] or 1.0
+            if limiter.get("limiter") == "shrink":
+                # ||c S|| = ||S|| / 2 + ||previous|| / 2
+                expected = 1.0 if before is None else after / (2 * after - before)
+            assert found.limiter.item() == pytest.approx(expected, rel=1e-2 if dtype == "bfloat16" else 1e-4)
+            factors.append(found.limiter.item())
+            previous[p] = after
+    if limiter["gamma"] is None:
+        assert set(factors) == {1.0}
+    if "shrink" in limiter.values():
+        assert min(factors) < 0.99 and max(factors) > 1.01
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, FiraAdamW], ids=["torch", "dense"])
 def test_a_full_rank_weight_is_measured_from_its_own_moments(kind, shape):
