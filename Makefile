@@ -6,18 +6,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REPORT := runs/smoke
+DATA ?= embedded
+PAPER ?= runs/paper-small
 
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+PARTS := paper-search paper-methods paper-ablation paper-ranks paper-similarity
+.PHONY: help demo test lint format clean paper-small $(PARTS)
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# The tests and the demo read nothing from the network.
-demo test: export HF_HUB_OFFLINE := 1
-demo test: export HF_DATASETS_OFFLINE := 1
+# These read nothing from the network.
+demo test paper-small $(PARTS): export HF_HUB_OFFLINE := 1
+demo test paper-small $(PARTS): export HF_DATASETS_OFFLINE := 1
 
 demo: $(STAMP) ## compare Fira with LoRA on a small pretrained LLaMA (about ten minutes on two cores)
 	$(BIN)/python -m recipes.commonsense.compare smoke --output_dir $(REPORT)
@@ -26,6 +29,35 @@ demo: $(STAMP) ## compare Fira with LoRA on a small pretrained LLaMA (about ten 
 test: export OMP_NUM_THREADS := 1
 test: lint ## lint, types and all tests, in two processes
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# Runs of a small model are fastest in one thread each. What was interrupted is continued, and what is complete is kept.
+paper-small $(PARTS): export OMP_NUM_THREADS := 1
+PRETRAIN := $(BIN)/python -m recipes.pretraining
+SMALL := --data_dir $(DATA) --keep_model false
+
+paper-small: $(PARTS) ## every table of the paper at small size on DATA=folder: a night; make -j2 does two parts at a time
+	$(PRETRAIN).reproduction $(PAPER)
+
+paper-search: $(STAMP)
+	$(PRETRAIN).search small --output_dir $(PAPER)/search-low-rank --data_dir $(DATA) \
+	  --methods fira,fira-hf,galore,flora,apollo --values learning_rate=1e-3,3e-3,1e-2,3e-2
+	$(PRETRAIN).search small --output_dir $(PAPER)/search-adamw --data_dir $(DATA) \
+	  --methods adamw,adamw-two-rates,lora,relora --values learning_rate=3e-4,1e-3,3e-3,1e-2
+
+paper-methods: $(STAMP)
+	$(PRETRAIN).compare small --output_dir $(PAPER)/methods --seeds 42,43 $(SMALL)
+
+paper-ablation: $(STAMP)
+	$(PRETRAIN).compare ablation --size small --output_dir $(PAPER)/ablation $(SMALL)
+
+paper-ranks: $(STAMP)
+	$(PRETRAIN).compare ranks --size small --output_dir $(PAPER)/ranks $(SMALL) \
+	  --methods fira-rank-4,fira-rank-16,fira-rank-64,fira-rank-128,galore-rank-4,galore-rank-16,galore-rank-64,galore-rank-128
+
+paper-similarity: $(STAMP)
+	$(PRETRAIN).compare small --output_dir $(PAPER)/similarity --methods fira,adamw-two-rates --analysis_steps 20 $(SMALL)
+	$(PRETRAIN).similarity $(PAPER)/similarity/fira-seed42 $(PAPER)/similarity/adamw-two-rates-seed42 \
+	  --output_dir $(PAPER)/similarity
 
 lint: $(STAMP) ## ruff and mypy, changing nothing
 	$(BIN)/ruff check

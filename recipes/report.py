@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -152,6 +153,13 @@ def _settings(runs: list[dict[str, Any]]) -> list[str]:
         own = [f"{key} {settings[key]}" for key in keys if key not in shared and key in settings]
         lines.append(f"- {method}: " + (", ".join(own) or "nothing else"))
     return lines
+
+
+def fill(page: Path, word: str, make: Callable[[str], str]) -> None:
+    """Replace what a page has between `<!-- word: NAME -->` and `<!-- end -->` by what `make` says of NAME."""
+    marked = re.compile(rf"(<!-- {word}: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    text = page.read_text(encoding="utf-8")
+    page.write_text(marked.sub(lambda match: f"{match[1]}\n{make(match[2])}\n\n{match[3]}", text), encoding="utf-8")
 
 
 def markdown(rows: list[list[str]]) -> list[str]:

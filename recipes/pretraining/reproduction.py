@@ -1,0 +1,176 @@
+"""The paper's tables beside those of `make paper-small`: perplexities, whether the order agrees, and a picture.
+
+    python -m recipes.pretraining.reproduction runs/paper-small [--page docs/reproduction.md]
+
+Reads what the recipe's commands wrote there: search-*/search.json, {methods,ablation,ranks}/results.json and
+similarity/similarity.json. Writes report.md and ranks.png into the same folder; with --page the tables of that page,
+between `<!-- paper: NAME -->` and `<!-- end -->`, as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from recipes import files, report
+from recipes.plots import STYLES
+from recipes.pretraining.settings import RECIPE
+from recipes.pretraining.similarity import table as similarity_table
+
+# Validation perplexity of LLaMA-60M on C4 (arXiv 2410.01623): pre-training, ablation and gamma, ranks (read off a figure).
+PUBLISHED = {
+    "methods": {"adamw": 34.06, "fira": 31.06, "galore": 34.88, "lora": 34.99, "relora": 37.04},
+    "ablation": {
+        "fira": 31.06,
+        "fira-matrix": 31.52,
+        "fira-without-scaling": 37.06,
+        "fira-without-limiter": 32.22,
+        "fira-clipping": 31.22,
+        "fira-shrink": 33.98,
+        "fira-tensor-scaling": 33.81,
+        "fira-only-scaling": 31.68,
+        "fira-gamma-1.1": 32.09,
+        "fira-gamma-1.001": 31.26,
+        "fira-gamma-1": 31.28,
+    },
+    "ranks": {
+        "fira-rank-4": 35,
+        "galore-rank-4": 48,
+        "fira-rank-16": 32,
+        "galore-rank-16": 37,
+        "fira-rank-64": 31,
+        "galore-rank-64": 33,
+        "fira-rank-128": 31,
+        "galore-rank-128": 32,
+    },
+}
+# The same column as measured by Glentis et al. (OptimAI-Lab/Minimalist_LLM_Pretraining), with a tuned Adam.
+INDEPENDENT = {"adamw": 30.05, "fira": 30.34, "galore": 34.58, "apollo": 30.94}
+
+
+def perplexities(source: Path) -> dict[str, list[float]]:
+    """Of each method, one a seed."""
+    runs = [run for run in report.load_results(RECIPE, source) if run["status"] == "ok"]
+    return {method: [run["perplexity"] for run in of_one] for method, of_one in report.by_method(runs).items()}
+
+
+def agreement(paper: dict[str, float], ours: dict[str, list[float]]) -> str:
+    """How many pairs of methods, all that differ in the paper, stand in its order here, and which do not."""
+    means = {method: statistics.mean(ours[method]) for method in paper if method in ours}
+    pairs = [pair for pair in itertools.combinations(means, 2) if paper[pair[0]] != paper[pair[1]]]
+    turned = [(a, b) for a, b in pairs if (paper[a] < paper[b]) != (means[a] < means[b])]
+    said = f"{len(pairs) - len(turned)} of {len(pairs)} pairs are in the paper's order"
+    return f"{said}; not {', '.join(f'{a} and {b}' for a, b in turned)}." if turned else f"{said}."
+
+
+def beside(name: str, ours: dict[str, list[float]]) -> list[str]:
+    """A table of methods, from the best one here on, and how its order agrees with the paper's."""
+    paper = PUBLISHED[name]
+    title = ["", "here", "paper, 60M", *(["independent, 60M"] if name == "methods" else [])]
+    rows = [title]
+    for method in sorted(ours, key=lambda method: statistics.mean(ours[method])):
+        columns = [paper, *([INDEPENDENT] if name == "methods" else [])]
+        known = [f"{column[method]:g}" if method in column else "-" for column in columns]
+        rows.append([f"`{method}`", report.over_seeds(ours[method], "{:,.1f}".format), *known])
+    return [*report.markdown(rows), "", agreement(paper, ours)]
+
+
+def searches(folder: Path) -> list[str]:
+    """Perplexity by method and learning rate."""
+    found = [files.read_json(path)["methods"] for path in sorted(folder.glob("search*/search.json"))]
+    methods = {method: of_one for one in found for method, of_one in one.items()}
+    if not methods:
+        raise ValueError(f"{folder} holds no search*/search.json.")
+    values = sorted({value for of_one in methods.values() for value in of_one["losses"]}, key=float)
+    rows = [["validation loss", *values]]
+    for method in sorted(methods, key=list(RECIPE.methods).index):
+        losses = methods[method]["losses"]
+        cells = [f"{losses[value]:.3f}" if losses.get(value) is not None else "" for value in values]
+        best = values.index(methods[method]["best"])
+        cells[best] = f"**{cells[best]}**"
+        rows.append([f"`{method}`", *cells])
+    return report.markdown(rows)
+
+
+def plot_ranks(ours: dict[str, list[float]], path: Path) -> None:
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    ranked = [{name: statistics.mean(values) for name, values in ours.items()}, PUBLISHED["ranks"]]
+    for axis, found, title in zip(figure.subplots(1, 2), ranked, ("here", "the paper, 60M on C4"), strict=True):
+        for method in ("fira", "galore"):
+            points = sorted((int(n.rpartition("-")[2]), v) for n, v in found.items() if n.startswith(method))
+            colour, marker = STYLES[method]
+            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, label=method)
+            axis.set_xticks([rank for rank, _ in points], [str(rank) for rank, _ in points])
+        axis.set(title=title, xlabel="rank", ylabel="validation perplexity")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def tables(folder: Path) -> dict[str, list[str]]:
+    """The lines of each table."""
+    found = {"search": searches(folder)}
+    for name in PUBLISHED:
+        ours = perplexities(folder / name / report.MERGED)
+        found[name] = beside(name, ours)
+        if name == "ranks":
+            plot_ranks(ours, folder / "ranks.png")
+    content = files.read_json(folder / "similarity" / "similarity.json")
+    if content is None:
+        raise ValueError(f"{folder} holds no similarity/similarity.json.")
+    rows = similarity_table(content)
+    found["similarity"] = report.markdown(rows)
+    runs = report.load_results(RECIPE, folder / "methods" / report.MERGED)
+    first = next(run for run in runs if run["status"] == "ok")
+    found["setting"] = [
+        f"LLaMA of {first['parameters']:,} parameters, {first['training_tokens']:,} tokens in {first['steps']:,} steps, "
+        f"data {first['all_settings']['data_dir']}, {first['eval_tokens']:,} tokens for validation.",
+        report.where([first]),
+    ]
+    return found
+
+
+TITLES = {
+    "setting": "The runs",
+    "search": "Learning rates",
+    "methods": "Pre-training",
+    "ablation": "Ablation and gamma",
+    "ranks": "Ranks",
+    "similarity": "Scaling-factor similarity",
+}
+
+
+def write(folder: Path, page: Path | None) -> None:
+    found = tables(folder)
+    parts = ["# The paper's tables at small size", ""]
+    for name, title in TITLES.items():
+        parts += [f"## {title}", "", *found[name], ""]
+    parts += ["![Perplexity by rank](ranks.png)", ""]
+    (folder / "report.md").write_text("\n".join(parts), encoding="utf-8")
+    if page is not None:
+        report.fill(page, "paper", lambda name: "\n".join(found[name]))
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--page", type=Path, help="a page with marks for the tables")
+    options = parser.parse_args(words)
+    try:
+        write(options.folder, options.page)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"Report: {options.folder / 'report.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
