@@ -13,9 +13,7 @@ import argparse
 import itertools
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -24,7 +22,7 @@ from recipes.plots import STYLES
 from recipes.pretraining.settings import RECIPE
 from recipes.pretraining.similarity import table as similarity_table
 
-# Validation perplexity of LLaMA-60M on C4 (arXiv 2410.01623): pre-training, ablation and gamma, ranks (read off a figure).
+# Validation perplexity of LLaMA-60M on C4 (arXiv 2410.01623); that of the ranks is read off a figure.
 PUBLISHED = {
     "methods": {"adamw": 34.06, "fira": 31.06, "galore": 34.88, "lora": 34.99, "relora": 37.04},
     "ablation": {
@@ -130,8 +128,8 @@ def tables(folder: Path) -> dict[str, list[str]]:
     runs = report.load_results(RECIPE, folder / "methods" / report.MERGED)
     first = next(run for run in runs if run["status"] == "ok")
     found["setting"] = [
-        f"LLaMA of {first['parameters']:,} parameters, {first['training_tokens']:,} tokens in {first['steps']:,} steps, "
-        f"data {first['all_settings']['data_dir']}, {first['eval_tokens']:,} tokens for validation.",
+        f"LLaMA of {first['parameters']:,} parameters, {first['training_tokens']:,} tokens in {first['steps']:,} "
+        f"steps, data {first['all_settings']['data_dir']}, {first['eval_tokens']:,} tokens for validation.",
         report.where([first]),
     ]
     return found
