@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .config import FiraConfig
-from .targets import adamw_state_bytes, find_targets
+from .config import ALL_LINEAR, FiraConfig, unknown_name
+from .targets import FP32, adamw_state_bytes, find_targets
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+LAYERWISE = "fira_layerwise"
 
 
 @dataclass
 class MemoryEstimate:
-    """Bytes on one device. `activations`: what the peak of forward and backward adds to gradients; 0 if not asked."""
+    """Bytes on one device. `activations`: what the peak of forward and backward adds to gradients; 0 if not asked.
+
+    `gradients` of layerwise steps are the largest that are held at once.
+    """
 
     weights: int
     gradients: int
@@ -32,35 +41,226 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    model: nn.Module, config: FiraConfig | None, batch_size: int | None = None, sequence_length: int | None = None
+    model: nn.Module,
+    config: FiraConfig | None,
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
+    optimizer: str | None = None,
+    accumulates: bool = False,
 ) -> MemoryEstimate:
-    """Bytes of weights, gradients and optimizer state: Fira by the config, or torch's AdamW where it is None.
+    """Bytes of weights, gradients and optimizer state, and of activations where a batch is given.
 
     With a batch size and a sequence length (tokens), the peak of a training step of this language model, too, in
     the dtype of its weights, and with gradient checkpointing if that is switched on.
 
+    Args:
+        config: what is projected, at which rank; of `state_dtype` only Fira makes use.
+        optimizer: "adamw" (torch's), "fira", "fira_layerwise", "galore" (galore_torch), "apollo" (apollo_torch) or
+            "flora" (flora_opt, with momentum); by default Fira, or AdamW where there is no config.
+        accumulates: gradients of earlier micro-batches are there during forward and backward.
+
     Raises:
-        ValueError: only one of batch size and sequence length is given, or the config does not fit the model.
+        ValueError: only one of batch size and sequence length is given, the config does not fit the model, there is
+            no such optimizer, or activations cannot be predicted since they depend on the data.
     """
+    _check_batch(batch_size, sequence_length)
+    optimizer = optimizer or ("adamw" if config is None else "fira")
+    layerwise = optimizer == LAYERWISE
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    # Backward holds a gradient of a tied weight until it has the other.
+    uses = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
+    estimate = MemoryEstimate(
+        weights=_bytes(model.parameters()),
+        gradients=max(uses[p] * _bytes([p]) for p in trainable) if layerwise else _bytes(trainable),
+        optimizer_state=_state_bytes(model, config, optimizer),
+    )
+    if batch_size is not None and sequence_length is not None:
+        peak = _peak_of_step(model, batch_size, sequence_length, layerwise, accumulates)
+        estimate.activations = max(0, peak - estimate.gradients)
+    return estimate
+
+
+def _check_batch(batch_size: int | None, sequence_length: int | None) -> None:
     if (batch_size is None) != (sequence_length is None):
         raise ValueError(
             f"batch_size={batch_size}, sequence_length={sequence_length}: activations need both; leave out both for "
             "an estimate without them."
         )
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if config is None:
-        state = sum(map(adamw_state_bytes, trainable))
-    else:
-        state = find_targets(model, config).state_bytes
-    gradients = _bytes(trainable)
-    estimate = MemoryEstimate(weights=_bytes(model.parameters()), gradients=gradients, optimizer_state=state)
-    if batch_size is not None and sequence_length is not None:
-        estimate.activations = max(0, _peak_of_step(model, batch_size, sequence_length) - gradients)
-    return estimate
+    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} is not valid: {name} must be at least 1.")
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _state_bytes(model: nn.Module, config: FiraConfig | None, optimizer: str) -> int:
+    if optimizer == "adamw":
+        return sum(adamw_state_bytes(p) for p in model.parameters() if p.requires_grad)
+    if config is None:
+        raise ValueError(f"optimizer={optimizer!r} projects gradients: it needs a config that says which.")
+    plan = find_targets(model, config)
+    if optimizer in ("fira", LAYERWISE):
+        return plan.state_bytes
+    if optimizer not in PEERS:
+        raise ValueError(unknown_name("optimizer", optimizer, ["adamw", "fira", LAYERWISE, *PEERS]))
+    of = PEERS[optimizer]
+    return sum(of(t.parameter, t.rank) for t in plan.projected) + sum(of(s.parameter, None) for s in plan.skipped)
+
+
+def _galore_bytes(p: Tensor, rank: int | None) -> int:
+    """galore_torch 1.0: basis and two moments in the weight's dtype; the step is no tensor.
+
+    In fp32 the basis is a view of all singular vectors of the short side, which therefore stay.
+    """
+    if rank is None:
+        return 2 * _bytes([p])
+    short, long = sorted(p.shape[-2:])
+    basis = short * (short if p.element_size() == FP32 else rank)
+    return p.element_size() * (basis + 2 * long * rank)
+
+
+def _apollo_bytes(p: Tensor, rank: int | None) -> int:
+    """apollo_torch 1.0.3: random projection, two moments and the last norm in the weight's dtype."""
+    if rank is None:
+        return 2 * _bytes([p])
+    short, long = sorted(p.shape[-2:])
+    return p.element_size() * (short * rank + 2 * long * rank + 1)
+
+
+def _flora_bytes(p: Tensor, rank: int | None) -> int:
+    """flora_opt 0.0.3 with beta1: a compressed momentum in fp32, Adafactor's rows and columns, the rms of the weight.
+
+    It compresses no matrix that is more than four times as long as it is wide; the projection is a seed.
+    """
+    if p.ndim != 2:
+        return FP32 * (2 * p.numel() + 1)
+    short, long = sorted(p.shape)
+    compressed = rank is not None and long <= 4 * short
+    return FP32 * ((long * rank if compressed and rank else p.numel()) + long + short + 1)
+
+
+# Bytes of the state of one weight, projected to a rank or (None) not.
+PEERS: dict[str, Callable[[Tensor, int | None], int]] = {
+    "galore": _galore_bytes,
+    "apollo": _apollo_bytes,
+    "flora": _flora_bytes,
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train: whose state, and what LoRA leaves to train.
+
+    lora: None, no LoRA; "adapters": A and B alone, in fp32, as PEFT keeps them; "all": whatever LoRA does not wrap
+    (embeddings, norms, head) as well, and A and B in the dtype of the weights, as in pre-training.
+    """
+
+    optimizer: str
+    lora: str | None = None
+
+
+METHODS = {
+    "adamw": Method("adamw"),
+    "fira": Method("fira"),
+    LAYERWISE: Method(LAYERWISE),
+    "galore": Method("galore"),
+    "apollo": Method("apollo"),
+    "flora": Method("flora"),
+    "lora": Method("adamw", "adapters"),
+    "relora": Method("adamw", "all"),
+    "fira-on-lora": Method("fira", "adapters"),
+}
+
+
+def predict_memory(
+    model_config: PretrainedConfig,
+    methods: Iterable[str],
+    rank: int,
+    target_modules: str | list[str] = ALL_LINEAR,
+    lora_rank: int | None = None,
+    dtype: str = "bfloat16",
+    state_dtype: str = "float32",
+    batch_size: int | None = None,
+    sequence_length: int | None = None,
+    gradient_checkpointing: bool = False,
+) -> dict[str, MemoryEstimate]:
+    """Method, of `METHODS` -> `estimate_memory` of a causal language model of this configuration.
+
+    Args:
+        rank, target_modules, state_dtype: as in `FiraConfig`. LoRA wraps the same targets, and Fira on LoRA projects
+            all of LoRA's matrices.
+        lora_rank: of A and B; by default `rank`.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: as `estimate_memory`; there is no such method, or the model is no causal language model.
+    """
+    _check_batch(batch_size, sequence_length)
+    config = FiraConfig(rank=rank, target_modules=target_modules, state_dtype=state_dtype)
+    on_lora = FiraConfig(rank=rank, state_dtype=state_dtype)
+    lora_rank = rank if lora_rank is None else lora_rank
+    if lora_rank < 1:
+        raise ValueError(f"lora_rank={lora_rank} is not valid: lora_rank must be at least 1.")
+    models: dict[str | None, nn.Module] = {}
+    peaks: dict[tuple[str | None, bool], int] = {}
+    found = {}
+    for name in methods:
+        if name not in METHODS:
+            raise ValueError(unknown_name("method", name, list(METHODS)))
+        optimizer, lora = METHODS[name].optimizer, METHODS[name].lora
+        if lora not in models:
+            model = build_on_meta(model_config, dtype)
+            find_targets(model, config)  # every entry must match; PEFT ignores one that does not
+            models[lora] = model if lora is None else _add_lora(model, lora_rank, target_modules, lora)
+            if gradient_checkpointing:
+                switch_on_checkpointing(models[lora])
+        found[name] = estimate_memory(models[lora], on_lora if lora else config, optimizer=optimizer)
+        if batch_size is not None and sequence_length is not None:
+            key = (lora, optimizer == LAYERWISE)
+            if key not in peaks:  # whose state it is makes no difference
+                peaks[key] = _peak_of_step(models[lora], batch_size, sequence_length, key[1])
+            found[name].activations = max(0, peaks[key] - found[name].gradients)
+    return found
+
+
+def build_on_meta(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
+    """The causal language model of a configuration, without its weights.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            raise ValueError(
+                f"transformers has no causal language model of type {config.model_type!r}: choose a language model."
+            ) from error
+
+
+def _add_lora(model: PreTrainedModel, rank: int, target_modules: str | list[str], trained: str) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules=target_modules)
+    wrapped = get_peft_model(model, lora, low_cpu_mem_usage=True)
+    if trained == "all":
+        wrapped.to(model.dtype)
+        for name, parameter in wrapped.named_parameters():
+            parameter.requires_grad = ".base_layer." not in name
+    return wrapped
+
+
+def switch_on_checkpointing(model: Any) -> None:
+    """Gradient checkpointing without re-entrance, in a PEFT model as well, by any transformers."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.enable_input_require_grads()
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -95,7 +295,9 @@ class _LiveBytes(TorchDispatchMode):
         return out
 
 
-def _peak_of_step(model: nn.Module, batch_size: int, sequence_length: int) -> int:
+def _peak_of_step(
+    model: nn.Module, batch_size: int, sequence_length: int, layerwise: bool = False, accumulates: bool = False
+) -> int:
     """Peak bytes of forward and backward beyond the weights, gradients included: a run on tensors without data."""
     slots: list[tuple[dict[str, Any], str, Tensor]] = [
         (table, name, tensor)
@@ -112,14 +314,26 @@ def _peak_of_step(model: nn.Module, batch_size: int, sequence_length: int) -> in
             stand_ins = {tensor: _like(tensor) for _, _, tensor in slots}
             for table, name, tensor in slots:
                 table[name] = stand_ins[tensor]
+            for p in (p for p in stand_ins.values() if layerwise and p.requires_grad):
+                p.register_post_accumulate_grad_hook(_free_gradient)
             tokens = torch.zeros(batch_size, sequence_length, dtype=torch.long)
             with _LiveBytes([*stand_ins.values(), tokens]) as live:
-                model(input_ids=tokens, labels=tokens).loss.backward()
+                for _ in range(2 if accumulates else 1):
+                    model(input_ids=tokens, labels=tokens).loss.backward()
+    except RuntimeError as error:  # of what depends on the data, or has no kernel for the dtype
+        raise ValueError(
+            f"The activations of {type(model).__name__} cannot be predicted ({str(error).splitlines()[0]}): leave out "
+            "batch size and sequence length."
+        ) from error
     finally:
         for table, name, tensor in slots:
             table[name] = tensor
         model.train(training)
     return live.peak
+
+
+def _free_gradient(p: Tensor) -> None:
+    p.grad = None
 
 
 def _like(tensor: Tensor) -> Tensor:

@@ -135,7 +135,8 @@ def weights(model: nn.Module) -> list[Layer]:
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     conv1d = (pytorch_utils.Conv1D,) if pytorch_utils else ()
     modules = dict(model.named_modules())
-    heads = [name for name, module in modules.items() if any(module is head for head in _heads(modules))]
+    found_heads = set(_heads(modules))
+    heads = [name for name, module in modules.items() if module in found_heads]
     adapted = [name for name, module in modules.items() if _is_wrapper(module)]
     found = []
     for name, module in modules.items():

@@ -16,7 +16,7 @@ from fira_hf import FiraAdamW, FiraConfig
 from fira_hf.memory import estimate_memory
 from fira_hf.targets import find_targets
 from recipes import files
-from recipes.benchmarks import basis, distributed, layerwise, memory, quality, report, scaling, step, train
+from recipes.benchmarks import basis, distributed, layerwise, memory, predict, quality, report, scaling, step, train
 from recipes.benchmarks.models import SIZES, matrices
 from recipes.benchmarks.optimizers import BUILDERS, build
 
@@ -321,6 +321,20 @@ def test_the_trainer_page_quotes_the_layerwise_peak():
 def test_the_committed_scaling_is_that_of_the_formulas():
     committed = files.read_json(ROOT / "docs/benchmarks/scaling.json")["rows"]
     assert committed == scaling.run([8, 16, 32, 64])
+
+
+def test_the_committed_predictions_are_those_of_the_functions():
+    """Of LLaMA-7B all but the activations; what the page of the command shows is run by its own test."""
+    folder = ROOT / "docs/benchmarks"
+    assert files.read_json(folder / "cells.json")["rows"] == predict.cells()
+    rows = files.read_json(folder / "llama7b.json")["rows"]
+    found = predict.finetuning()
+    assert {(row["method"], row["batch_size"]) for row in rows} == {
+        (name, batch) for name in found for batch in (1, 4)
+    }
+    for row in rows:
+        for key in ("weights", "gradients", "optimizer_state"):
+            assert row[key] == getattr(found[row["method"]], key)
 
 
 def test_a_table_without_its_file_is_an_error(tmp_path, capsys):

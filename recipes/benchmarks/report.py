@@ -176,6 +176,27 @@ def layerwise_table(content: dict[str, Any]) -> str:
     return markdown(["MiB", "weights", "state", "peak of a training step beyond both", "together"], rows)
 
 
+def cells_table(content: dict[str, Any]) -> str:
+    rows = []
+    for row in content["rows"]:
+        parts = [row[key] for key in ("weights", "gradients", "optimizer_state", "total")]
+        cells = [f"{row['published']:.2f}", f"{row['formula']:.3f}", *(f"{part / 1e9:.3f}" for part in parts)]
+        rows.append([f"{row['size'].upper()} {row['method']}", *cells])
+    header = ["", "published, G", "by the formula, G", "weights, GB", "gradients, GB", "state, GB", "together, GB"]
+    return markdown(header, rows)
+
+
+def llama7b_table(content: dict[str, Any]) -> str:
+    rows = []
+    totals = {row["method"]: f"{row['total'] / 1e9:.1f}" for row in content["rows"] if row["batch_size"] == 4}
+    for row in content["rows"]:
+        if row["batch_size"] == 1:
+            parts = [row[key] for key in ("weights", "gradients", "optimizer_state", "activations", "total")]
+            rows.append([f"`{row['method']}`", *(f"{part / 1e9:.1f}" for part in parts), totals[row["method"]]])
+    header = ["GB, predicted", "weights", "gradients", "state", "activations of 1 x 256"]
+    return markdown([*header, "peak, 1 x 256", "peak, 4 x 256"], rows)
+
+
 def best_runs(content: dict[str, Any]) -> dict[str, dict[float, list[dict[str, Any]]]]:
     """variant -> learning rate -> runs, in the order of the mean perplexity of the best learning rate."""
     variants: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
@@ -231,6 +252,8 @@ TABLES = {
     "refresh": refresh_table,
     "scaling": scaling_table,
     "layerwise": layerwise_table,
+    "cells": cells_table,
+    "llama7b": llama7b_table,
 }
 
 

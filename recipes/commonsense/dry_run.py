@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
 from fira_hf import FiraConfig
 from fira_hf.factory import summarize
-from fira_hf.memory import MemoryEstimate, estimate_memory
+from fira_hf.memory import MemoryEstimate, estimate_memory, switch_on_checkpointing
 from fira_hf.targets import find_targets
 from fira_hf.trainer import config_from_args
 from recipes.commonsense.data import load_questions, load_training
-from recipes.commonsense.model import build_on_meta, wrap
+from recipes.commonsense.model import load_without_weights, wrap
 from recipes.commonsense.settings import RecipeArguments
 
 GIB = 1024**3
-FP32 = 4
 
 
 def dry_run(arguments: RecipeArguments, training: TrainingArguments) -> None:
     """Print targets and predicted memory, then check the data. Raises ValueError or OSError where a run would fail."""
-    model = wrap(build_on_meta(arguments.model, arguments.dtype, arguments.model_config), arguments)
+    model = wrap(load_without_weights(arguments.model, arguments.dtype, arguments.model_config), arguments)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     print(f"{arguments.method} on {arguments.model}: trains {trainable:,} of {total:,} parameters")
@@ -40,17 +41,18 @@ def predict_memory(
     model: PreTrainedModel | PeftModel, arguments: RecipeArguments, training: TrainingArguments
 ) -> MemoryEstimate:
     if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    batch = (training.per_device_train_batch_size, arguments.cutoff_len)
+        switch_on_checkpointing(model)
+    batch: dict[str, Any] = {
+        "batch_size": training.per_device_train_batch_size,
+        "sequence_length": arguments.cutoff_len,
+        "accumulates": training.gradient_accumulation_steps > 1,
+    }
     if training.optim == "fira":
         config = config_from_args(training, model)
         print(summarize(model, find_targets(model, config)))
-        return estimate_memory(model, config, *batch)
+        return estimate_memory(model, config, **batch)
     if training.optim == "galore_adamw":
         rank = dict(entry.split("=") for entry in training.optim_args.replace(" ", "").split(","))["rank"]
-        memory = estimate_memory(model, FiraConfig(rank=int(rank), target_modules=arguments.target_modules), *batch)
-        # The same basis and moments as Fira's, but in the dtype of the weights that are trained.
-        trained = next(p for p in model.parameters() if p.requires_grad)
-        memory.optimizer_state = memory.optimizer_state * trained.itemsize // FP32
-        return memory
-    return estimate_memory(model, None, *batch)
+        config = FiraConfig(rank=int(rank), target_modules=arguments.target_modules)
+        return estimate_memory(model, config, **batch, optimizer="galore")
+    return estimate_memory(model, None, **batch)

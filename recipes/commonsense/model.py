@@ -16,12 +16,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from fira_hf import FiraConfig
+from fira_hf.memory import build_on_meta
 from fira_hf.targets import find_targets
 from recipes.commonsense.settings import METHODS, RecipeArguments
 from recipes.relora import add_lora
@@ -46,11 +46,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_on_meta(name: str, dtype: str, config_file: str | None = None) -> PreTrainedModel:
-    """The model without its weights, from its configuration alone (`config_file`, where it is given)."""
-    config: PretrainedConfig = _load(AutoConfig, config_file or name)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+def load_without_weights(name: str, dtype: str, config_file: str | None = None) -> PreTrainedModel:
+    """The model on the meta device, from its configuration alone (`config_file`, where it is given)."""
+    return build_on_meta(_load(AutoConfig, config_file or name), dtype)
 
 
 def wrap(model: PreTrainedModel, arguments: RecipeArguments) -> PreTrainedModel | PeftModel:

@@ -1,0 +1,135 @@
+"""What a training would need and project, from a model's configuration alone.
+
+fira-hf memory --model PATH_OR_NAME [--method fira,adamw,...] [--rank R] [--batch_size B --sequence_length L]
+fira-hf inspect --model PATH_OR_NAME [--rank R] [--checkpoint DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import logging
+
+from .config import ALL_LINEAR, FiraConfig
+from .factory import summarize
+from .memory import METHODS, MemoryEstimate, build_on_meta, predict_memory
+from .targets import find_targets
+
+GIB = 2**30
+COLUMNS = ("weights", "gradients", "optimizer_state", "activations", "total")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("fira-hf", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    memory = commands.add_parser("memory", help="bytes of weights, gradients, optimizer state and activations")
+    inspect = commands.add_parser("inspect", help="which weights Fira would project, and what a checkpoint holds")
+    for one in (memory, inspect):
+        one.add_argument("--model", required=True, help="folder, config.json or name on the hub")
+        one.add_argument("--rank", type=int, default=FiraConfig.rank, help="of the projection (default: %(default)s)")
+        one.add_argument(
+            "--target_modules",
+            nargs="+",
+            default=[ALL_LINEAR],
+            metavar="NAME",
+            help=f"names of layers, exact or a dotted suffix (default: {ALL_LINEAR})",
+        )
+        one.add_argument("--state_dtype", default=FiraConfig.state_dtype, help="of Fira (default: %(default)s)")
+    memory.add_argument(
+        "--method", default=",".join(METHODS), help=f"one or more, with commas between (default: {','.join(METHODS)})"
+    )
+    memory.add_argument("--lora_rank", type=int, help="of LoRA's A and B (default: --rank)")
+    dtypes = ("bfloat16", "float16", "float32")
+    memory.add_argument("--dtype", choices=dtypes, default=dtypes[0], help="of the weights (default: %(default)s)")
+    memory.add_argument("--batch_size", type=int, help="sequences on the device at once; for activations")
+    memory.add_argument("--sequence_length", type=int, help="tokens in a sequence; for activations")
+    memory.add_argument("--gradient_checkpointing", action="store_true", help="keep one activation a layer")
+    memory.add_argument("--json", action="store_true", help="bytes as JSON in place of a table")
+    inspect.add_argument("--checkpoint", type=Path, help="folder with optimizer.pt, as the Trainer saves it")
+    return parser
+
+
+def load_config(model: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"--model {model}: no folder or config.json here that says what model it is, nor a name on the hub. "
+            f"({reason})"
+        ) from error
+
+
+def table(found: dict[str, MemoryEstimate]) -> str:
+    rows = [["GiB", *(column.replace("_", " ") for column in COLUMNS)]]
+    rows += [[name, *(f"{getattr(one, key) / GIB:.2f}" for key in COLUMNS)] for name, one in found.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
+def memory(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
+    found = predict_memory(
+        model_config,
+        options.method.split(","),
+        options.rank,
+        options.target_modules,
+        options.lora_rank,
+        options.dtype,
+        options.state_dtype,
+        options.batch_size,
+        options.sequence_length,
+        options.gradient_checkpointing,
+    )
+    if options.json:
+        return json.dumps({name: asdict(one) | {"total": one.total} for name, one in found.items()}, indent=2)
+    return table(found)
+
+
+def inspect(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
+    config = FiraConfig(rank=options.rank, target_modules=options.target_modules, state_dtype=options.state_dtype)
+    model = build_on_meta(model_config, "float32")
+    lines = [summarize(model, find_targets(model, config))]
+    if options.checkpoint is not None:
+        lines.append(describe_checkpoint(options.checkpoint))
+    return "\n".join(lines)
+
+
+def describe_checkpoint(folder: Path) -> str:
+    """Bytes, ranks and steps of the optimizer state in a checkpoint."""
+    path = folder / "optimizer.pt"
+    if not path.is_file():
+        raise ValueError(f"--checkpoint {folder}: there is no optimizer.pt; give a checkpoint-N of the Trainer.")
+    states = torch.load(path, map_location="cpu", weights_only=True)["state"].values()
+    held = sum(tensor.nbytes for state in states for tensor in state.values() if isinstance(tensor, Tensor))
+    ranks = sorted({state["basis"].shape[-1] for state in states if "basis" in state})
+    if not ranks:
+        raise ValueError(f"--checkpoint {folder}: optimizer.pt holds no state of Fira.")
+    steps = int(max(state["step"].max() for state in states if "basis" in state))
+    return f"{path}: {held:,} bytes of state, rank {', '.join(map(str, ranks))}, after {steps} steps."
+
+
+def main(words: list[str] | None = None) -> int:
+    options = build_parser().parse_args(words)
+    if options.target_modules == [ALL_LINEAR]:
+        options.target_modules = ALL_LINEAR
+    logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers will drop
+        try:
+            print({"memory": memory, "inspect": inspect}[options.command](options, load_config(options.model)))
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

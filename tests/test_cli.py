@@ -1,0 +1,144 @@
+"""`fira-hf`: what it prints, and what it says of words that cannot be meant."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import build_llama
+from fira_hf import FiraCallback
+from fira_hf.cli import main
+from fira_hf.memory import METHODS
+from recipes.commonsense import train
+from recipes.commonsense.dry_run import predict_memory as predict_dry_run
+from recipes.commonsense.model import load_without_weights, wrap
+from recipes.settings import load_settings
+
+ROOT = Path(__file__).parents[1]
+LLAMA_7B = "recipes/commonsense/experiments/llama7b/config.json"
+# A command, and what it prints beneath it.
+SHOWN = re.compile(r"```bash\n(fira-hf .*?)```\n\n```text\n(.*?)```", re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    build_llama().config.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def read_json(capsys, *words):
+    assert main(["memory", "--json", *words]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_method_by_default(folder, capsys):
+    found = read_json(capsys, "--model", folder, "--rank", "4")
+    assert list(found) == list(METHODS)
+    for one in found.values():
+        assert one["total"] == one["weights"] + one["gradients"] + one["optimizer_state"]
+    assert main(["memory", "--model", f"{folder}/config.json", "--rank", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(METHODS) and len(set(map(len, lines))) == 1
+
+
+def test_the_options_reach_the_prediction(folder, capsys):
+    def total(key, *words):
+        return read_json(capsys, "--model", folder, "--rank", "4", "--method", "fira,lora", *words)[key]
+
+    assert total("fira", "--dtype", "float32")["weights"] == 2 * total("fira")["weights"]
+    assert total("fira", "--state_dtype", "bfloat16")["optimizer_state"] < total("fira")["optimizer_state"]
+    assert total("fira", "--target_modules", "q_proj")["optimizer_state"] > total("fira")["optimizer_state"]
+    assert total("lora", "--lora_rank", "8")["gradients"] == 2 * total("lora")["gradients"]
+    batch = ["--batch_size", "8", "--sequence_length", "32"]
+    assert total("lora", *batch)["activations"] > total("lora", *batch, "--gradient_checkpointing")["activations"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "none/config.json"], "--model none/config.json"),
+        (["--method", "fira,adam"], "method 'adam'"),
+        (["--rank", "0"], "rank=0"),
+        (["--lora_rank", "0"], "lora_rank=0"),
+        (["--batch_size", "1"], "sequence_length=None"),
+        (["--target_modules", "q_pro"], "'q_proj'"),
+        (["--state_dtype", "float16"], "state_dtype='float16'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_an_error_says_which_word_in_one_line(words, said, folder, capsys):
+    assert main(["memory", "--model", folder, *words]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and said in output.err and output.err.count("\n") == 1
+
+
+def test_a_model_that_is_no_language_model(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    for command in ("memory", "inspect"):
+        assert main([command, "--model", str(tmp_path)]) == 2
+        assert "'vit'" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["memory", "--model", str(tmp_path)]) == 2
+    assert "model_type" in capsys.readouterr().err
+
+
+def test_inspect_tells_what_is_projected_and_what_a_checkpoint_holds(folder, make_trainer, tmp_path, capsys):
+    assert main(["inspect", "--model", folder, "--rank", "4"]) == 0
+    assert capsys.readouterr().out.startswith("Fira projects 14 matrices (14 at rank 4)")
+    trainer = make_trainer(optim="fira", optim_args="rank=4", save_strategy="steps", save_steps=4, max_steps=4)
+    trainer.add_callback(FiraCallback())
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    capsys.readouterr()
+    assert main(["inspect", "--model", folder, "--rank", "4", "--checkpoint", str(checkpoint)]) == 0
+    *_, predicted, last = capsys.readouterr().out.splitlines()
+    held = sum(t.nbytes for s in trainer.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
+    assert f"Optimizer state: {held:,} bytes" in predicted
+    assert last == f"{checkpoint / 'optimizer.pt'}: {held:,} bytes of state, rank 4, after 4 steps."
+    assert main(["inspect", "--model", folder, "--checkpoint", folder]) == 2
+    assert "optimizer.pt" in capsys.readouterr().err
+
+
+def test_it_starts_as_a_module():
+    command = [sys.executable, "-m", "fira_hf.cli", "memory", "--model", LLAMA_7B, "--method", "fira", "--rank", "16"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "27.30" in result.stdout
+
+
+def test_the_page_shows_what_the_command_prints(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    shown = SHOWN.findall((ROOT / "docs/memory.md").read_text())
+    assert shown
+    for command, output in shown:
+        assert main(shlex.split(command.replace("\\\n", " "))[1:]) == 0
+        assert capsys.readouterr().out == output
+
+
+@pytest.mark.parametrize("method", ["adamw-full", "fira-full", "fira-on-lora", "lora", "galore-full"])
+def test_the_dry_run_of_the_recipe_says_the_same(method, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(Path(LLAMA_7B).read_text()) | {"num_hidden_layers": 2}))
+    overrides = {"use_cpu": True, "fp16": False, "bf16": False, "dtype": "bfloat16", "output_dir": "out"}
+    overrides["model_config"] = str(config)
+    path = ROOT / f"recipes/commonsense/experiments/llama7b/{method}.yaml"
+    arguments, training = train.parse(load_settings(train.RECIPE, path, overrides))
+    arguments.cutoff_len, training.per_device_train_batch_size, training.gradient_checkpointing = 8, 1, False
+    training.gradient_accumulation_steps = 1
+    if "lora" in method:
+        arguments.lora_dropout = 0.0  # PEFT's default
+    model = wrap(load_without_weights(arguments.model, arguments.dtype, arguments.model_config), arguments)
+    dry = predict_dry_run(model, arguments, training)
+    capsys.readouterr()
+    name = method.removesuffix("-full")
+    words = ["--model", str(config), "--method", name, "--rank", "16", "--lora_rank", "32"]
+    words += ["--batch_size", "1", "--sequence_length", "8", "--target_modules", *arguments.target_modules]
+    assert read_json(capsys, *words)[name]["total"] == dry.total
