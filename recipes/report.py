@@ -156,10 +156,15 @@ def _settings(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def fill(page: Path, word: str, make: Callable[[str], str]) -> None:
-    """Replace what a page has between `<!-- word: NAME -->` and `<!-- end -->` by what `make` says of NAME."""
-    marked = re.compile(rf"(<!-- {word}: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    """Replace what a page has between its marks (see `marks`) by what `make` says of NAME."""
     text = page.read_text(encoding="utf-8")
-    page.write_text(marked.sub(lambda match: f"{match[1]}\n{make(match[2])}\n\n{match[3]}", text), encoding="utf-8")
+    text = marks(word).sub(lambda match: f"{match[1]}\n{make(match[2])}\n\n{match[3]}", text)
+    page.write_text(text, encoding="utf-8")
+
+
+def marks(word: str) -> re.Pattern[str]:
+    """What stands between `<!-- word: NAME -->` and `<!-- end -->`, with the name as the second group."""
+    return re.compile(rf"(<!-- {word}: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def markdown(rows: list[list[str]]) -> list[str]:

@@ -19,6 +19,7 @@ from recipes import files
 from recipes.benchmarks import basis, distributed, layerwise, memory, predict, quality, report, scaling, step, train
 from recipes.benchmarks.models import SIZES, matrices
 from recipes.benchmarks.optimizers import BUILDERS, build
+from recipes.report import marks
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENT = {
@@ -304,7 +305,7 @@ def test_the_pages_are_what_their_json_says(tmp_path):
     assert report.main([str(folder)]) == 0
     for path, page in pages().items():
         assert (tmp_path / path.name).read_text(encoding="utf-8") == page
-    marked = {match[2] for page in pages().values() for match in report.MARKED.finditer(page)}
+    marked = {match[2] for page in pages().values() for match in marks("table").finditer(page)}
     assert marked == {path.stem for path in (ROOT / "docs/benchmarks").glob("*.json")}
 
 

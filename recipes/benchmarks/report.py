@@ -10,7 +10,7 @@ the runs of `recipes.benchmarks.quality` by --gather FOLDER.
 from __future__ import annotations
 
 import argparse
-import re
+import functools
 import statistics
 import sys
 from collections import defaultdict
@@ -20,8 +20,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from recipes import files
-
-MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+from recipes.report import fill
 
 
 def gather(folder: Path) -> dict[str, Any]:
@@ -268,18 +267,17 @@ def origin(content: dict[str, Any]) -> str:
 
 
 def write_report(folder: Path) -> None:
+    def table(page: Path, name: str) -> str:
+        content = files.read_json(folder / f"{name}.json")
+        if content is None:
+            raise ValueError(f"{page} wants {folder / name}.json, which is not there.")
+        kind = name.partition("-")[0]
+        if kind == "quality":
+            plot_quality(content, folder / f"{name}.png")
+        return f"{TABLES[kind](content)}\n\n{origin(content)}"
+
     for page in sorted(folder.parent.glob("*.md")):
-
-        def table(match: re.Match[str], page: Path = page) -> str:
-            content = files.read_json(folder / f"{match[2]}.json")
-            if content is None:
-                raise ValueError(f"{page} wants {folder / match[2]}.json, which is not there.")
-            kind = match[2].partition("-")[0]
-            if kind == "quality":
-                plot_quality(content, folder / f"{match[2]}.png")
-            return f"{match[1]}\n{TABLES[kind](content)}\n\n{origin(content)}\n\n{match[3]}"
-
-        page.write_text(MARKED.sub(table, page.read_text(encoding="utf-8")), encoding="utf-8")
+        fill(page, "table", functools.partial(table, page))
 
 
 def main(words: list[str] | None = None) -> int:

@@ -25,7 +25,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from fira_hf import FiraConfig
-from fira_hf.memory import estimate_memory
+from fira_hf.memory import estimate_memory, switch_on_checkpointing
 from recipes.benchmarks.models import SIZES
 from recipes.benchmarks.options import parser as command_line
 from recipes.benchmarks.options import write
@@ -104,20 +104,17 @@ def run_once(method: str, options: argparse.Namespace, folder: str) -> dict[str,
     return {"seconds": (clock.ends[-1] - clock.ends[0]) / options.steps, "peak": peak}
 
 
-def predict(method: str, options: argparse.Namespace) -> int | None:
-    """Peak bytes of the method, from the shapes alone; None for GaLore, whose state fira_hf does not describe."""
-    lora, optim, _, targets = METHODS[method]
-    if optim == "galore_adamw":
-        return None
+def predict(method: str, options: argparse.Namespace) -> int:
+    """Peak bytes of the method, from the shapes alone."""
+    lora, optim, *_ = METHODS[method]
     model = build_model(options, lora, "meta")
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if lora:
-            model.enable_input_require_grads()
-    config = None
-    if optim == "fira":
-        config = FiraConfig(rank=16 if lora else options.rank or SIZES[options.size].rank)
-    return estimate_memory(model, config, options.batch_size, options.sequence_length).total
+        switch_on_checkpointing(model)
+    batch = (options.batch_size, options.sequence_length)
+    if optim.startswith("adamw"):
+        return estimate_memory(model, None, *batch).total
+    config = FiraConfig(rank=16 if lora else options.rank or SIZES[options.size].rank)
+    return estimate_memory(model, config, *batch, optimizer="galore" if optim == "galore_adamw" else "fira").total
 
 
 def main(words: list[str] | None = None) -> int:
