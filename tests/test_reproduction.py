@@ -104,10 +104,24 @@ def test_published_methods_are_experiments_of_the_recipe():
         assert figures.keys() <= METHODS.keys()
 
 
+def test_searches_of_several_commands_make_one_table(tmp_path):
+    found = {"narrow": {"galore": {"1e-2": 5.0, "3e-2": 4.0}, "adamw": {"1e-2": None, "1e-3": 6.0}}}
+    found["wider"] = {"galore": {"1e-1": 3.5}}
+    for name, of_methods in found.items():
+        methods = {method: {"losses": losses} for method, losses in of_methods.items()}
+        files.write_json(tmp_path / f"search-{name}" / "search.json", {"methods": methods})
+    assert reproduction.searches(tmp_path) == [
+        "| validation loss | 1e-3 | 1e-2 | 3e-2 | 1e-1 |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| `adamw` | **6.000** |  |  |  |",
+        "| `galore` |  | 5.000 | 4.000 | **3.500** |",
+    ]
+
+
 def test_missing_results_are_named(tmp_path, capsys):
     assert reproduction.main([str(tmp_path)]) == 2
     assert "holds no search*/search.json" in capsys.readouterr().err
-    search = {"methods": {"adamw": {"losses": {"1e-3": 4.0}, "best": "1e-3"}}}
+    search = {"methods": {"adamw": {"losses": {"1e-3": 4.0}}}}
     files.write_json(tmp_path / "search" / "search.json", search)
     assert reproduction.main([str(tmp_path)]) == 2
     assert "methods/results.json holds no results" in capsys.readouterr().err

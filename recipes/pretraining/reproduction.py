@@ -81,19 +81,22 @@ def beside(name: str, ours: dict[str, list[float]]) -> list[str]:
 
 
 def searches(folder: Path) -> list[str]:
-    """Perplexity by method and learning rate."""
-    found = [files.read_json(path)["methods"] for path in sorted(folder.glob("search*/search.json"))]
-    methods = {method: of_one for one in found for method, of_one in one.items()}
-    if not methods:
+    """Validation loss by method and learning rate."""
+    losses: dict[str, dict[str, float]] = {}
+    for path in sorted(folder.glob("search*/search.json")):
+        for method, of_one in files.read_json(path)["methods"].items():
+            known = {value: loss for value, loss in of_one["losses"].items() if loss is not None}
+            losses[method] = losses.get(method, {}) | known
+    if not losses:
         raise ValueError(f"{folder} holds no search*/search.json.")
-    values = sorted({value for of_one in methods.values() for value in of_one["losses"]}, key=float)
+    values = sorted({value for of_one in losses.values() for value in of_one}, key=float)
     rows = [["validation loss", *values]]
-    for method in sorted(methods, key=list(RECIPE.methods).index):
-        losses = methods[method]["losses"]
-        cells = [f"{losses[value]:.3f}" if losses.get(value) is not None else "" for value in values]
-        best = values.index(methods[method]["best"])
-        cells[best] = f"**{cells[best]}**"
-        rows.append([f"`{method}`", *cells])
+    for method in sorted(losses, key=list(RECIPE.methods).index):
+        best = min(losses[method], key=losses[method].__getitem__)
+        cells = {value: f"{loss:.3f}" for value, loss in losses[method].items()} | {
+            best: f"**{losses[method][best]:.3f}**"
+        }
+        rows.append([f"`{method}`", *(cells.get(value, "") for value in values)])
     return report.markdown(rows)
 
 
