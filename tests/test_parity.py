@@ -30,6 +30,16 @@ def assert_same_path(ours, theirs, start):
     assert (ours - theirs).norm() <= PARITY * moved
 
 
+def follow(ours, optimizer, theirs, other, path):
+    """Both optimizers get the same gradients, and must go the same way."""
+    start = ours.detach().clone()
+    for gradient in path:
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        other.step()
+    assert_same_path(ours.detach(), theirs.detach(), start)
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("alpha", [1.0, 0.25])
 @pytest.mark.parametrize("rank", ["below", "at", "above"])
@@ -65,29 +75,19 @@ def test_gradient_nearly_inside_the_subspace(left, kind):
     """
     shape = SHAPES[kind]
     ours, theirs = weight(shape), weight(shape)
-    start = ours.detach().clone()
     optimizer = FiraAdamW([projected([ours], rank=12)], lr=1e-2)
     other = published([projected([theirs], rank=12)], lr=1e-2)
-    for gradient in gradients(shape, 60, decay=left ** (1 / 12), noise=0.0):
-        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-        optimizer.step()
-        other.step()
-    assert_same_path(ours.detach(), theirs.detach(), start)
+    follow(ours, optimizer, theirs, other, gradients(shape, 60, decay=left ** (1 / 12), noise=0.0))
 
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_rmsprop(kind):
     """FiraRMSProp of the authors' repository is their AdamW without first moment and bias correction."""
     ours, theirs = weight(SHAPES[kind]), weight(SHAPES[kind])
-    start = ours.detach().clone()
     common = {"lr": 1e-2, "betas": (0.0, 0.9), "correct_bias": False}
     optimizer = FiraAdamW([projected([ours], alpha=0.25, **common)])
     other = published([projected([theirs], alpha=0.25)], **common)
-    for gradient in gradients(SHAPES[kind], 60):
-        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-        optimizer.step()
-        other.step()
-    assert_same_path(ours.detach(), theirs.detach(), start)
+    follow(ours, optimizer, theirs, other, gradients(SHAPES[kind], 60))
 
 
 @pytest.mark.parametrize("kind", SHAPES)
@@ -96,15 +96,10 @@ def test_without_residual_it_is_galore(kind):
     from galore_torch import GaLoreAdamW
 
     ours, theirs = weight(SHAPES[kind]), weight(SHAPES[kind])
-    start = ours.detach().clone()
     optimizer = FiraAdamW([projected([ours], alpha=0.25, residual="none")], lr=1e-2, weight_decay=0.1)
     group = {"params": [theirs], "rank": 6, "update_proj_gap": 20, "scale": 0.25, "proj_type": "std"}
     other = GaLoreAdamW([group], lr=1e-2, weight_decay=0.1, no_deprecation_warning=True)
-    for gradient in gradients(SHAPES[kind], 60):
-        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
-        optimizer.step()
-        other.step()
-    assert_same_path(ours.detach(), theirs.detach(), start)
+    follow(ours, optimizer, theirs, other, gradients(SHAPES[kind], 60))
 
 
 def test_same_network():
