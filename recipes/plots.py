@@ -45,10 +45,13 @@ def plot_losses(runs: list[dict[str, Any]], path: Path, panels: list[tuple[str, 
             method = run["method"]
             name = method if method not in axis.get_legend_handles_labels()[1] else None
             colour, marker = STYLES.get(method) or (f"C{others.index(method)}", "o")
-            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=3.5, label=name)
+            line = "--" if method in others[10:] else "-"  # there are ten colours
+            style = {"color": colour, "linestyle": line, "marker": marker, "markersize": 3.5}
+            axis.plot(*zip(*points, strict=True), label=name, **style)
         axis.set(title=title, xlabel="optimizer step", ylabel=label, yscale=scale)
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if axis.lines:
-            axis.legend(frameon=False)
+    handles, labels = max((axis.get_legend_handles_labels() for axis in axes), key=lambda found: len(found[1]))
+    if labels:
+        figure.legend(handles, labels, frameon=False, loc="outside right upper")
     figure.savefig(path, dpi=150)
