@@ -15,6 +15,7 @@ STYLES = {  # colour and marker
     "relora": ("#56B4E9", "P"),
     "adamw": ("#009E73", "^"),
     "adamw-full": ("#009E73", "^"),
+    "adamw-two-rates": ("#004D37", "v"),
     "fira": ("#D55E00", "D"),
     "fira-full": ("#D55E00", "D"),
     "fira-on-lora": ("#E69F00", "s"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -103,6 +104,16 @@ def searches(folder: Path) -> list[str]:
     return report.markdown(rows)
 
 
+def searched_rank(source: Path) -> dict[str, list[float]]:
+    """Of Fira and GaLore at the rank of the other comparisons, by the name that it would have among the ranks."""
+    found: dict[str, list[float]] = {}
+    for run in report.load_results(RECIPE, source):
+        if run["method"] in ("fira", "galore") and run["status"] == "ok":
+            (rank,) = re.findall(r"\brank=(\d+)", run["settings"]["optim_args"])
+            found.setdefault(f"{run['method']}-rank-{rank}", []).append(run["perplexity"])
+    return found
+
+
 def plot_ranks(ours: dict[str, list[float]], path: Path) -> None:
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     ranked = [{name: statistics.mean(values) for name, values in ours.items()}, PUBLISHED["ranks"]]
@@ -111,8 +122,9 @@ def plot_ranks(ours: dict[str, list[float]], path: Path) -> None:
             points = sorted((int(n.rpartition("-")[2]), v) for n, v in found.items() if n.startswith(method))
             colour, marker = STYLES[method]
             axis.plot(*zip(*points, strict=True), color=colour, marker=marker, label=method)
-            axis.set_xticks([rank for rank, _ in points], [str(rank) for rank, _ in points])
-        axis.set(title=title, xlabel="rank", ylabel="validation perplexity")
+        axis.set(title=title, xlabel="rank", ylabel="validation perplexity", xscale="log")
+        axis.set_xticks([rank for rank, _ in points], [str(rank) for rank, _ in points])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     figure.savefig(path, dpi=150)
@@ -123,9 +135,10 @@ def tables(folder: Path) -> dict[str, list[str]]:
     found = {"search": searches(folder)}
     for name in PUBLISHED:
         ours = perplexities(folder / name / report.MERGED)
-        found[name] = beside(name, ours)
         if name == "ranks":
+            ours |= searched_rank(folder / "methods" / report.MERGED)
             plot_ranks(ours, folder / "ranks.png")
+        found[name] = beside(name, ours)
     content = files.read_json(folder / "similarity" / "similarity.json")
     if content is None:
         raise ValueError(f"{folder} holds no similarity/similarity.json.")
