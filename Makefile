@@ -39,11 +39,11 @@ paper-small: $(PARTS) ## every table of the paper at small size on DATA=folder: 
 	$(PRETRAIN).reproduction $(PAPER)
 
 paper-search: $(STAMP)
-	$(PRETRAIN).search small --output_dir $(PAPER)/search-low-rank --data_dir $(DATA) \
+	$(PRETRAIN).search small --output_dir $(PAPER)/search-low-rank $(SMALL) \
 	  --methods fira,fira-hf,galore,flora,apollo --values learning_rate=1e-3,3e-3,1e-2,3e-2
-	$(PRETRAIN).search small --output_dir $(PAPER)/search-wider --data_dir $(DATA) \
+	$(PRETRAIN).search small --output_dir $(PAPER)/search-wider $(SMALL) \
 	  --methods galore,flora --values learning_rate=1e-1
-	$(PRETRAIN).search small --output_dir $(PAPER)/search-adamw --data_dir $(DATA) \
+	$(PRETRAIN).search small --output_dir $(PAPER)/search-adamw $(SMALL) \
 	  --methods adamw,adamw-two-rates,lora,relora --values learning_rate=3e-4,1e-3,3e-3,1e-2
 
 paper-methods: $(STAMP)
