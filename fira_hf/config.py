@@ -22,6 +22,10 @@ PUBLISHED: dict[str, Any] = {"projection": "svd", "refresh": "together", "moment
 Check = Callable[[Any], bool]
 
 
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -91,7 +95,7 @@ RULES: dict[str, tuple[Check, str]] = {
     "scaling": _is_one_of("column", "matrix", "none"),
     "residual": _is_one_of("reference", "paper", "none"),
     "state_dtype": _is_one_of("float32", "bfloat16"),
-    "stochastic_rounding": (lambda v: isinstance(v, bool), "True or False"),
+    "stochastic_rounding": (_is_bool, "True or False"),
     "target_modules": (
         lambda v: v == [] or _is_names(v),
         "'all-linear', a regular expression, or a list of module names (empty only beside target_parameters)",
@@ -116,11 +120,11 @@ RULES: dict[str, tuple[Check, str]] = {
         "a dict from module name or regex to a number of parts, at least 2",
     ),
     "split": (_is_positive_int, "an integer of at least 1"),
-    "transposed": (lambda v: isinstance(v, bool), "True or False"),
+    "transposed": (_is_bool, "True or False"),
     "lr": (_is_at_least_0, "a number of at least 0"),
     "betas": (_is_betas, "two numbers in [0, 1)"),
     "eps": (_is_at_least_0, "a number of at least 0"),
-    "correct_bias": (lambda v: isinstance(v, bool), "True or False"),
+    "correct_bias": (_is_bool, "True or False"),
     "weight_decay": (_is_at_least_0, "a number of at least 0"),
     "dense_lr": (lambda v: v is None or _is_at_least_0(v), "a number of at least 0, or None for the same lr"),
 }

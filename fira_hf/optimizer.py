@@ -328,8 +328,8 @@ class FiraAdamW(torch.optim.Optimizer):
                 F.store(w, new_w, at_random)
                 F.store(m, new_m, generator)
                 F.store(v, new_v, generator)
-        for state in states:
-            state["step"].add_(finite.to(state["step"].device))
+        steps, made = [state["step"] for state in states], finite.float()
+        torch._foreach_add_(steps, [made.to(step.device) for step in steps])
 
     def _create_dense(self, p: Any, group: dict[str, Any], first: dict[str, Any]) -> None:
         zeros = torch.zeros_like(local(p.detach()), dtype=getattr(torch, group["state_dtype"]))

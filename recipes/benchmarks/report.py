@@ -19,8 +19,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from recipes import files
-from recipes.report import fill
+from recipes import files, report
 
 
 def gather(folder: Path) -> dict[str, Any]:
@@ -35,8 +34,7 @@ def gather(folder: Path) -> dict[str, Any]:
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join(report.markdown([header, *rows]))
 
 
 def step_table(content: dict[str, Any]) -> str:
@@ -277,7 +275,7 @@ def write_report(folder: Path) -> None:
         return f"{TABLES[kind](content)}\n\n{origin(content)}"
 
     for page in sorted(folder.parent.glob("*.md")):
-        fill(page, "table", functools.partial(table, page))
+        report.fill(page, "table", functools.partial(table, page))
 
 
 def main(words: list[str] | None = None) -> int:

@@ -74,14 +74,12 @@ def agreement(paper: dict[str, float], ours: dict[str, list[float]]) -> str:
 
 def beside(name: str, ours: dict[str, list[float]]) -> list[str]:
     """A table of methods, from the best one here on, and how its order agrees with the paper's."""
-    paper = PUBLISHED[name]
-    title = ["", "here", "paper, 60M", *(["independent, 60M"] if name == "methods" else [])]
-    rows = [title]
+    columns = {"paper, 60M": PUBLISHED[name]} | ({"independent, 60M": INDEPENDENT} if name == "methods" else {})
+    rows = [["", "here", *columns]]
     for method in sorted(ours, key=lambda method: statistics.mean(ours[method])):
-        columns = [paper, *([INDEPENDENT] if name == "methods" else [])]
-        known = [f"{column[method]:g}" if method in column else "-" for column in columns]
+        known = [f"{column[method]:g}" if method in column else "-" for column in columns.values()]
         rows.append([f"`{method}`", report.over_seeds(ours[method], "{:,.1f}".format), *known])
-    return [*report.markdown(rows), "", agreement(paper, ours)]
+    return [*report.markdown(rows), "", agreement(PUBLISHED[name], ours)]
 
 
 def searches(folder: Path) -> list[str]:
