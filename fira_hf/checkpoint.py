@@ -59,8 +59,10 @@ def check_checkpoint(state_dict: dict[str, Any], param_groups: list[dict[str, An
             )
     for old, new in zip(saved_groups, param_groups, strict=False):
         for setting in ("initial_lr", "betas", "eps", "weight_decay"):
-            if setting in old and setting in new and old[setting] != new[setting]:
-                logger.warning("%s=%s of the checkpoint replaces %s.", setting, old[setting], new[setting])
+            was, now = (group.get(setting) for group in (old, new))
+            was = tuple(was) if isinstance(was, list) else was  # what was sent or written as JSON has no tuples
+            if setting in old and setting in new and was != now:
+                logger.warning("%s=%s of the checkpoint replaces %s.", setting, was, now)
 
 
 def pairs(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> list[tuple[int, Tensor]]:

@@ -386,6 +386,8 @@ class FiraAdamW(torch.optim.Optimizer):
         """
         check_checkpoint(state_dict, self.param_groups)
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group["betas"] = tuple(group["betas"])
         for index, p in pairs(state_dict, self.param_groups):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):

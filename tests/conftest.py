@@ -89,10 +89,22 @@ def trainer_settings(**arguments) -> dict:
     return defaults | arguments
 
 
+FAREWELL = """
+import os, sys
+import torch.distributed as dist
+
+if dist.is_initialized():
+    dist.barrier()  # none goes while another still talks to it
+    dist.destroy_process_group()
+sys.stdout.flush(), sys.stderr.flush()
+os._exit(0)  # before Python 3.14 a thread of torch that meets the end of the interpreter may abort the process
+"""
+
+
 def launch(script: str, folder: Path, processes: int, *arguments: str) -> None:
     """Runs a script by torchrun, one thread a process on the CPU; fails with what it wrote if it fails."""
     path = folder / "script.py"
-    path.write_text(script)
+    path.write_text(script + FAREWELL)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     search = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     result = subprocess.run(

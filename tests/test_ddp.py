@@ -122,8 +122,6 @@ if rank == 0:
     error = (weights - single).norm() / single.norm()
     assert (single - start).norm() > 0.01 * start.norm()
     torch.save({"error": error, "counts": counts}, sys.argv[1])
-dist.barrier()  # none goes while another still talks to it
-dist.destroy_process_group()
 """
 )
 
@@ -201,8 +199,6 @@ sizes = [None] * world
 dist.all_gather_object(sizes, size(optimizer.optim))
 if rank == 0:
     torch.save(found | {"sizes": sizes, "size": size(plain)}, sys.argv[1])
-dist.barrier()  # none goes while another still talks to it
-dist.destroy_process_group()
 """
 )
 

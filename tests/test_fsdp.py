@@ -114,8 +114,6 @@ if rank == 0:
         "largest": sent.largest, "count": ordinary.count,
     }
     torch.save(found, sys.argv[1])
-dist.barrier()  # none goes while another still talks to it
-dist.destroy_process_group()
 """
 )
 
@@ -162,8 +160,6 @@ train(model, optimizer, 20, 40, sharded)
 weights = full(model)
 if rank == 0:
     torch.save(weights, f"{folder}/{task}-{world}.pt")
-dist.barrier()  # none goes while another still talks to it
-dist.destroy_process_group()
 """
 )
 
@@ -238,8 +234,6 @@ weights = torch.cat([p.detach().flatten() for p in parts])
 if dist.get_rank() == 0:
     logs = [log for log in trainer.state.log_history if "loss" in log]
     torch.save({"weights": weights, "logs": logs}, f"{output}/{task}.pt")
-dist.barrier()  # none goes while another still talks to it
-dist.destroy_process_group()
 """
 
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,12 +14,11 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArg
 from transformers.training_args import OptimizerNames
 
 import fira_hf
-from conftest import build_llama, build_tokens, trainer_settings
+from conftest import build_llama, build_tokens, launch, trainer_settings
 from fira_hf import FiraAdamW, FiraConfig, get_fira_optimizer
 from fira_hf.layerwise import step_in_backward
 from recipes.benchmarks.memory import allocations, peak
 
-TESTS = Path(__file__).parent
 NAME = "fira_layerwise"
 UNCLIPPED = 1e9  # the Trainer looks at the norm and clips nothing
 SETTINGS = {
@@ -483,24 +478,12 @@ def other_order(steps_alike):
 
 found["errors"] = [error(no_group), error(lambda: other_order(0)), error(lambda: other_order(2))]
 torch.save(found, f"{output}/found{dist.get_rank()}.pt")
-dist.barrier()
 """
 
 
 def test_two_processes(tmp_path):
     """The weights of DDP with optim="fira", without its buckets; resume; what is refused."""
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    result = subprocess.run(
-        [*launch, str(script), str(tmp_path / "out")],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    launch(SCRIPT, tmp_path, 2, str(tmp_path / "out"))
     found, of_second = (torch.load(tmp_path / "out" / f"found{rank}.pt") for rank in range(2))
     for run in ("fira", "layerwise", "resumed", "again"):
         assert torch.equal(*found[run]["weights"]), run

@@ -234,6 +234,23 @@ def test_learning_rate_of_the_checkpoint_is_restored():
     assert [g["lr"] for g in resumed.param_groups] == [0.123, 1e-2]
 
 
+def test_only_a_setting_that_differs_is_logged(caplog):
+    """Betas that went through JSON, or were sent by another process, are a list."""
+    params = parameters()
+    optimizer = make(params)
+    train(optimizer, params, 1)
+    saved = through_disk(optimizer)
+    for group in saved["param_groups"]:
+        group["betas"] = list(group["betas"])
+    resumed = make(clones(params))
+    resumed.load_state_dict(saved)
+    assert not caplog.messages
+    assert resumed.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+    saved["param_groups"][0]["betas"] = [0.5, 0.9]
+    resumed.load_state_dict(saved)
+    assert caplog.messages == ["betas=(0.5, 0.9) of the checkpoint replaces (0.9, 0.999)."]
+
+
 def test_deepcopy():
     params = parameters()
     optimizer = make(params)
