@@ -57,6 +57,11 @@ def check_matrix(p: Tensor, group: Mapping[str, Any]) -> None:
             f"A weight of shape {shape} is no matrix by itself (split={group.get('split', 1)}): stacked and fused "
             "weights cannot be analysed; leave them out of target_modules, target_parameters and split_pattern."
         )
+    if group.get("base_optimizer", "adamw") != "adamw":
+        raise ValueError(
+            f"base_optimizer={group['base_optimizer']!r} has no second moment that an AdamW run could be compared "
+            "with: analyse with base_optimizer='adamw'."
+        )
 
 
 @torch.no_grad()

@@ -92,6 +92,7 @@ RULES: dict[str, tuple[Check, str]] = {
     "projection": _is_one_of("svd", "power", "random"),
     "refresh": _is_one_of("together", "staggered"),
     "moments": _is_one_of("kept", "rotated", "aligned"),
+    "base_optimizer": _is_one_of("adamw", "lion", "adafactor"),
     "scaling": _is_one_of("column", "matrix", "none"),
     "residual": _is_one_of("reference", "paper", "none"),
     "state_dtype": _is_one_of("float32", "bfloat16"),
@@ -189,6 +190,10 @@ class FiraConfig:
             every basis at each `update_proj_gap`-th update, as published.
         moments: what becomes of them when the basis changes. "rotated": carried into the new basis; "kept": stay as
             they are, as published; "aligned": the new basis is turned to lie closest to the old one.
+        base_optimizer: what makes the low-rank update N of R and its moments. "adamw"; "lion" (arXiv 2302.06675): the
+            sign of beta1 M + (1 - beta1) R, with one moment, no bias correction and no eps; "adafactor": AdamW with
+            the second moment of Adafactor (arXiv 1804.04235), which keeps its means over rows and columns. Weights
+            that are not projected are AdamW's with each.
         scaling: the scale of the residual: one per row of the long side ("column", the paper's default), one per
             matrix ("matrix"), or 1 ("none").
         residual: "reference": alpha as in the published code, W -= eta (alpha N Q^T + phi (G - alpha R Q^T));
@@ -223,6 +228,7 @@ class FiraConfig:
     projection: str = "power"
     refresh: str = "staggered"
     moments: str = "rotated"
+    base_optimizer: str = "adamw"
     scaling: str = "column"
     residual: str = "reference"
     limiter: str = "growth"
@@ -310,7 +316,16 @@ def _defaults(*names: str) -> dict[str, Any]:
 # What a parameter group may set beside AdamW's settings, with the defaults: any group, and one with a rank.
 SHARED_DEFAULTS = _defaults("state_dtype", "stochastic_rounding", "correct_bias")
 PROJECTED_DEFAULTS = _defaults(
-    "alpha", "update_proj_gap", "gamma", "projection", "refresh", "moments", "scaling", "residual", "limiter"
+    "alpha",
+    "update_proj_gap",
+    "gamma",
+    "projection",
+    "refresh",
+    "moments",
+    "base_optimizer",
+    "scaling",
+    "residual",
+    "limiter",
 )
 # How the matrices lie in a weight: fused parts along its output dimension, and whether it is stored (in, out).
 PROJECTED_DEFAULTS |= {"split": 1, "transposed": False}

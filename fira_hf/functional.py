@@ -36,6 +36,7 @@ EPS = 1e-8
 # known to about 1e-7 of the gradient's). As a reference for growth it would switch the residual off for a thousand
 # steps, so it does not count as history.
 NEGLIGIBLE = 1e-3
+TINY = torch.finfo(torch.float32).tiny
 # Rows are taken in blocks of about this many elements, so that what is converted stays small and what is read twice
 # is still in the cache.
 BLOCK = 2**20
@@ -110,31 +111,79 @@ def project(G: Tensor, Q: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+# The moments of R that a base optimizer keeps, as named in the state -> whether each has the rows and columns of R.
+MOMENTS = {
+    "adamw": {"exp_avg": (True, True), "exp_avg_sq": (True, True)},
+    "lion": {"exp_avg": (True, True)},
+    "adafactor": {"exp_avg": (True, True), "exp_avg_sq_row": (True, False), "exp_avg_sq_col": (False, True)},
+}
+Moments = Sequence[Sequence[Tensor]]  # for each name, that of each of B matrices
+
+
 def direction(
+    base_optimizer: str,
     R: Tensor,
-    M: Sequence[Tensor],
-    V: Sequence[Tensor],
+    moments: Moments,
     betas: tuple[float, float],
     eps: float,
     active: Tensor | None = None,
+    total: Total = total_norms,
 ) -> Tensor:
-    """Updates the moments M and V in place with R and returns N = M / (sqrt(V) + eps); R, N: (B, long, r) fp32.
+    """Updates the moments in place with R and returns the direction N; all fp32, R and N (B, long, r).
 
     Bias correction is left to `step_size`, so N, and with it phi, is uncorrected, as in the published code.
     `active`: (B,) bool on the device; where it is False the moments stay as they are, and N is 0.
     """
+    if base_optimizer == "adamw":
+        return _adam(R, moments, betas, eps, active)
+    old = [torch.stack(list(of)) for of in moments]
+    if base_optimizer == "lion":
+        N, new = _lion(R, old, betas)
+    else:
+        N, new = _adafactor(R, old, betas, eps, total)
+    if active is not None:
+        mask = active.view(-1, 1, 1)
+        N, new = torch.where(mask, N, 0.0), [torch.where(mask, *both) for both in zip(new, old, strict=True)]
+    for of, values in zip(moments, new, strict=True):
+        torch._foreach_copy_(list(of), list(values))
+    return N
+
+
+def _adam(R: Tensor, moments: Moments, betas: tuple[float, float], eps: float, active: Tensor | None) -> Tensor:
+    """N = M / (sqrt(V) + eps)."""
     # torch's fused Adam, in one pass: at lr = -1 it adds M / (sqrt(V) + eps) to zeros, and b^inf = 0 leaves its bias
     # correction out.
     N = torch.zeros_like(R)
     never = R.new_full((), torch.inf)
     settings: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False, "lr": -1.0, "weight_decay": 0.0}
     settings |= {"beta1": betas[0], "beta2": betas[1], "eps": eps}
+    M, V = moments
     if active is None:
         adam(list(N), list(R), list(M), list(V), [], [never] * len(R), **settings)
     else:
         for n, r, m, v, stop in zip(N, R, M, V, (~active).float(), strict=True):
             adam([n], [r], [m], [v], [], [never], found_inf=stop, **settings)
     return N
+
+
+def _lion(R: Tensor, moments: list[Tensor], betas: tuple[float, float]) -> tuple[Tensor, list[Tensor]]:
+    """N = sign(b1 M + (1 - b1) R), M <- b2 M + (1 - b2) R (arXiv 2302.06675, algorithm 2)."""
+    (M,) = moments
+    return torch.lerp(M, R, 1 - betas[0]).sign_(), [torch.lerp(M, R, 1 - betas[1])]
+
+
+def _adafactor(
+    R: Tensor, moments: list[Tensor], betas: tuple[float, float], eps: float, total: Total
+) -> tuple[Tensor, list[Tensor]]:
+    """N = M / (sqrt(V) + eps), V_ij = row_i col_j / mean(col), where row and col follow the means of R^2 over a row
+    and over a column (arXiv 1804.04235, algorithm 2)."""
+    M, row, col = moments
+    sums = total(torch.cat([R, torch.ones_like(row)], dim=2)).square()  # the last one is the number of all rows
+    M = torch.lerp(M, R, 1 - betas[0])
+    row = torch.lerp(row, R.square().mean(2, keepdim=True), 1 - betas[1])
+    col = torch.lerp(col, sums[..., :-1] / sums[..., -1:], 1 - betas[1])
+    V = row * (col / col.mean(2, keepdim=True).clamp_(min=TINY))
+    return M / V.sqrt_().add_(eps), [M, row, col]
 
 
 def residual_scale(N_norms: Tensor, R_norms: Tensor, scaling: str, total: Total = total_norms) -> Tensor:
@@ -231,13 +280,22 @@ def row_blocks(tensor: Tensor, like: Tensor | None = None, size: int = 0) -> tup
     return tensor.split(max(1, size // like.shape[1:].numel()))
 
 
-def rotate_moments(M: Tensor, V: Tensor, C: Tensor, ratio: Tensor) -> None:
-    """Carries the moments, (long, r) in place, into a new basis; C = Q_old^T Q_new, (r, r).
+def rotate_moments(base_optimizer: str, moments: Sequence[Tensor], C: Tensor, ratio: Tensor) -> None:
+    """Carries the moments of one matrix, in place, into a new basis; C = Q_old^T Q_new, (r, r).
 
     The mean turns with the basis; the variance, whose covariances are not known, is carried over by the squares of C
     (LDAdam, arXiv 2410.16103): M <- M C,  V <- max(V - m M^2, 0) C^2 + m (M C)^2, with `ratio` m = (1 - b2^t) /
-    (1 - b1^t)^2, which accounts for the bias correction.
+    (1 - b1^t)^2, which accounts for the bias correction. Of Adafactor's V the columns are carried over, V <- V C^2.
     """
-    variance = V.sub_(M.square().mul_(ratio)).clamp_(min=0) @ C.square()
+    M, *second = moments
+    if base_optimizer == "adamw":
+        (V,) = second
+        variance = V.sub_(M.square().mul_(ratio)).clamp_(min=0) @ C.square()
+    elif base_optimizer == "adafactor":
+        row, col = second
+        before = col.mean().clamp_(min=TINY)
+        col.copy_(col @ C.square())
+        row.mul_(col.mean() / before)  # the mean of both is that of R^2
     M.copy_(M @ C)
-    V.copy_(variance.add_(M.square().mul_(ratio)))
+    if base_optimizer == "adamw":
+        V.copy_(variance.add_(M.square().mul_(ratio)))

@@ -16,7 +16,7 @@ from .checkpoint import check_checkpoint, pairs
 from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig, check_setting, check_update, unknown_name
 from .distributed import agree, local, sharded_like
 from .refresh import refresh
-from .state import MOMENTS, Matrix, batches, create_state, first_states, matrices_of, refresh_in, rounding_generator
+from .state import Matrix, batches, create_state, first_states, matrices_of, refresh_in, rounding_generator
 
 ADAM_SETTINGS = ("lr", "betas", "eps", "weight_decay")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,11 +31,10 @@ class FiraAdamW(torch.optim.Optimizer):
     experts of a layer) of which each is projected by itself. It may set `split`, the number of equal parts of each
     matrix that are projected by themselves, and `transposed`, whether matrices are stored (in, out) as in GPT-2's
     `Conv1D`, not (out, in) as in `nn.Linear`: parts lie along `out`, and a basis of a square matrix spans `in`.
-    It may set `alpha`, `update_proj_gap`,
-    `gamma`, `limiter`, `projection`, `refresh`, `moments`, `scaling` and `residual`, which mean and default to what
-    they do in `FiraConfig`. A group without `rank` is AdamW by torch's formulas. Every group may set `state_dtype`,
-    `stochastic_rounding` and `correct_bias`. With the settings of `fira_hf.PUBLISHED` and fp32 weights, projected
-    groups follow `fira==1.0.2` step for step.
+    It may set `alpha`, `update_proj_gap`, `gamma`, `limiter`, `projection`, `refresh`, `moments`, `base_optimizer`,
+    `scaling` and `residual`, which mean and default to what they do in `FiraConfig`. A group without `rank` is AdamW
+    by torch's formulas. Every group may set `state_dtype`, `stochastic_rounding` and `correct_bias`. With the settings
+    of `fira_hf.PUBLISHED` and fp32 weights, projected groups follow `fira==1.0.2` step for step.
 
     State, created at a weight's first gradient that is finite and not zero (long >= short: sides of the matrix;
     r = min(rank, short); moments and basis of `state_dtype`, whatever the weight's dtype, the scalars fp32; all kept
@@ -48,7 +47,8 @@ class FiraAdamW(torch.optim.Optimizer):
         rounded        int             steps that rounded at random, if any do
         basis          short x r       orthonormal columns
         exp_avg        long x r        first moment of G Q
-        exp_avg_sq     long x r        second moment of G Q
+        exp_avg_sq     long x r        second moment of G Q; none for Lion, and for Adafactor in its place
+        exp_avg_sq_row, _col           means of it over rows and columns: long x 1, 1 x r
         residual_norm  0-dim           norm of the last residual, as limited; infinite: none, or a negligible one
 
     The state of a stack, or of a matrix in parts, has one more dimension in front (the parts of a matrix one after
@@ -242,13 +242,15 @@ class FiraAdamW(torch.optim.Optimizer):
         steps = [matrix["step"] for matrix in matrices]
         torch._foreach_add_(steps, 1.0 if active is None else list(active.float()))
         counts = torch.stack(steps).view(-1, 1, 1)
-        eta = F.step_size(group["lr"], group["betas"], counts if group["correct_bias"] else torch.inf * counts)
+        base = group["base_optimizer"]
+        is_corrected = group["correct_bias"] and base != "lion"
+        eta = F.step_size(group["lr"], group["betas"], counts if is_corrected else torch.inf * counts)
         if active is not None:
             mask = active.view(-1, 1, 1)
             R, G_norms, eta = (torch.where(mask, x, 0.0) for x in (R, G_norms, eta))
-        stored = [[matrix[name] for matrix in matrices] for name in MOMENTS]
-        M, V = ([moment.float() for moment in moments] for moments in stored)
-        N = F.direction(R, M, V, group["betas"], group["eps"], active)
+        stored = [[matrix[name] for matrix in matrices] for name in F.MOMENTS[base]]
+        moments = [[moment.float() for moment in of] for of in stored]
+        N = F.direction(base, R, moments, group["betas"], group["eps"], active, total)
         R_norms, N_norms = F.row_norms(R), F.row_norms(N)
 
         # (s, k) of `functional`: how alpha enters the residual.
@@ -271,8 +273,8 @@ class FiraAdamW(torch.optim.Optimizer):
         for i, (matrix, G) in enumerate(zip(matrices, grads, strict=True)):
             on = None if active is None else active[i]
             generator = rounding_generator(matrix.parameter, matrix.state, group, matrix.place)
-            for moments, new in zip(stored, (M, V), strict=True):
-                F.store(moments[i], new[i], generator)
+            for old, new in zip(stored, moments, strict=True):
+                F.store(old[i], new[i], generator)
             at_random = generator if group["stochastic_rounding"] else None
             F.apply_update(matrix.tall(matrix.weight), G, A[i], bases[i], B[i], decay, on, at_random)
         if self.track_statistics:
@@ -333,7 +335,7 @@ class FiraAdamW(torch.optim.Optimizer):
 
     def _create_dense(self, p: Any, group: dict[str, Any], first: dict[str, Any]) -> None:
         zeros = torch.zeros_like(local(p.detach()), dtype=getattr(torch, group["state_dtype"]))
-        moments = {name: sharded_like(p, zeros.clone(), p.shape) for name in MOMENTS}
+        moments = {name: sharded_like(p, zeros.clone(), p.shape) for name in F.MOMENTS["adamw"]}
         self.state[p] = {"step": torch.zeros((), device=p.device), **moments, **first}
 
     def _add_statistics(
@@ -385,9 +387,12 @@ class FiraAdamW(torch.optim.Optimizer):
             ValueError: the checkpoint projects other weights than this optimizer, or with other settings.
         """
         check_checkpoint(state_dict, self.param_groups)
+        own = self.param_groups
         super().load_state_dict(state_dict)
-        for group in self.param_groups:
+        for group, before in zip(self.param_groups, own, strict=True):
             group["betas"] = tuple(group["betas"])
+            for name, value in before.items():  # settings that there were not yet when the checkpoint was made
+                group.setdefault(name, value)
         for index, p in pairs(state_dict, self.param_groups):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):

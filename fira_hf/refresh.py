@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from . import functional as F
 from .distributed import broadcast, is_own, owners
-from .state import MOMENTS, Matrix, batches, rounding_generator, seed_of
+from .state import Matrix, batches, rounding_generator, seed_of
 from .subspace import find_bases, nearest_rotation
 
 
@@ -105,9 +105,10 @@ def _change_basis(matrix: Matrix, Q: Tensor, group: dict[str, Any]) -> None:
     elif group["moments"] == "rotated":
         C = matrix["basis"].float().t() @ Q
         b1, b2 = (F.bias_correction(beta, matrix["step"]) for beta in group["betas"])
-        M, V = (matrix[name].float() for name in MOMENTS)
-        F.rotate_moments(M, V, C, b2 / b1.square())
+        stored = [matrix[name] for name in F.MOMENTS[group["base_optimizer"]]]
+        moments = [moment.float() for moment in stored]
+        F.rotate_moments(group["base_optimizer"], moments, C, b2 / b1.square())
         generator = rounding_generator(matrix.parameter, matrix.state, group, matrix.place, use=1)
-        for name, new in zip(MOMENTS, (M, V), strict=True):
-            F.store(matrix[name], new, generator)
+        for old, new in zip(stored, moments, strict=True):
+            F.store(old, new, generator)
     matrix["basis"].copy_(Q)

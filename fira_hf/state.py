@@ -12,7 +12,6 @@ from torch import Tensor
 from . import functional as F
 from .distributed import Shards, local, own_of_stack, sharded_like, shards_of
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 # Matrices of one shape are taken together up to this many elements of their low-rank gradients: 4 MiB on the CPU,
 # elsewhere enough that starting the operations does not take longer than the operations.
 BATCH = {"cpu": 2**20}
@@ -60,9 +59,10 @@ def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> dict[s
         return sharded_like(p, part, (*stack, *part.shape[1:])) if p.ndim == 3 else part
 
     state = {**first, "refresh_in": [None] * stack[0] if stack else None}
-    for name in MOMENTS:
-        part = torch.zeros(*own, rows.stop - rows.start, r, dtype=dtype, device=device)
-        state[name] = sharded_like(p, part, (*stack, long, r))
+    for name, (has_rows, has_columns) in F.MOMENTS[group["base_optimizer"]].items():
+        columns = r if has_columns else 1
+        part = torch.zeros(*own, rows.stop - rows.start if has_rows else 1, columns, dtype=dtype, device=device)
+        state[name] = sharded_like(p, part, (*stack, long, columns)) if has_rows else like_p(part)
     state["basis"] = like_p(torch.zeros(*own, r, short, dtype=dtype, device=device).mT)
     state["step"] = like_p(torch.zeros(own, device=device))
     state["residual_norm"] = like_p(torch.full(own, torch.inf, device=device))

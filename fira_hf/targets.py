@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from .config import ALL_LINEAR, FiraConfig
-from .functional import long_and_short, stacked
+from .functional import MOMENTS, long_and_short, stacked
 
 FP32 = 4  # bytes
 # What DDP, torch.compile and PEFT put before every name.
@@ -42,6 +42,7 @@ class Target:
     rank: int
     alpha: float
     state_itemsize: int = FP32
+    base_optimizer: str = "adamw"
     split: int = 1
     transposed: bool = False
 
@@ -59,9 +60,11 @@ class Target:
 
     @property
     def state_bytes(self) -> int:
-        """For each matrix basis and two moments, and the fp32 scalars `step` and `residual_norm`."""
+        """For each matrix basis and moments, and the fp32 scalars `step` and `residual_norm`."""
         long, short = self._long_and_short
-        return self.matrices * (self.state_itemsize * (short * self.rank + 2 * long * self.rank) + 2 * FP32)
+        of_moments = MOMENTS[self.base_optimizer].values()
+        moments = sum((long if rows else 1) * (self.rank if columns else 1) for rows, columns in of_moments)
+        return self.matrices * (self.state_itemsize * (short * self.rank + moments) + 2 * FP32)
 
 
 @dataclass
@@ -342,12 +345,13 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
         )
 
     itemsize = getattr(torch, config.state_dtype).itemsize
+    of_state = {"state_itemsize": itemsize, "base_optimizer": config.base_optimizer}
     plan = TargetPlan([], [])
     kinds = {p: module for module in model.modules() for p in module.parameters(recurse=False)}
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in model.named_parameters():
         if parameter in targets:
-            plan.projected.append(replace(targets[parameter], name=name, state_itemsize=itemsize))
+            plan.projected.append(replace(targets[parameter], name=name, **of_state))
         elif parameter.requires_grad:
             reason = reasons.get(parameter) or _kind(name, parameter, kinds[parameter])
             if parameter in reasons and parameter in embeddings:

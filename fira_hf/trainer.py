@@ -43,6 +43,7 @@ OPTIM_ARGS: dict[str, Callable[[str], Any]] = {
     "projection": str,
     "refresh": str,
     "moments": str,
+    "base_optimizer": str,
     "scaling": str,
     "residual": str,
     "limiter": str,

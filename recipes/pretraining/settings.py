@@ -36,6 +36,8 @@ METHODS = {
     "fira-gamma-1.001": FIRA,
     "fira-gamma-1": FIRA,
     "fira-rmsprop": FIRA,
+    "fira-lion": FIRA,
+    "fira-adafactor": FIRA,
     **{f"fira-rank-{rank}": FIRA for rank in RANKS},
     **{f"galore-rank-{rank}": GALORE for rank in RANKS},
 }
