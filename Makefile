@@ -50,9 +50,17 @@ paper-methods: $(STAMP)
 	$(PRETRAIN).compare small --output_dir $(PAPER)/methods --seeds 42,43 $(SMALL)
 
 paper-ablation: $(STAMP)
-	$(PRETRAIN).compare ablation --size small --output_dir $(PAPER)/ablation $(SMALL)
+	$(PRETRAIN).search ablation --size small --output_dir $(PAPER)/search-bases $(SMALL) \
+	  --methods fira-adafactor,fira-rmsprop --values learning_rate=3e-3,1e-2,3e-2
+	$(PRETRAIN).search ablation --size small --output_dir $(PAPER)/search-lion $(SMALL) \
+	  --methods fira-lion --values learning_rate=3e-4,1e-3,3e-3,1e-2
+	$(PRETRAIN).compare ablation --size small --output_dir $(PAPER)/ablation --seeds 42,43 $(SMALL)
 
 paper-ranks: $(STAMP)
+	$(PRETRAIN).search ranks --size small --output_dir $(PAPER)/search-fira-ranks $(SMALL) \
+	  --methods fira-rank-4,fira-rank-16,fira-rank-64,fira-rank-128 --values learning_rate=3e-3,1e-2,3e-2
+	$(PRETRAIN).search ranks --size small --output_dir $(PAPER)/search-galore-ranks $(SMALL) \
+	  --methods galore-rank-4,galore-rank-16,galore-rank-64,galore-rank-128 --values learning_rate=1e-2,3e-2,1e-1
 	$(PRETRAIN).compare ranks --size small --output_dir $(PAPER)/ranks $(SMALL) \
 	  --methods fira-rank-4,fira-rank-16,fira-rank-64,fira-rank-128,galore-rank-4,galore-rank-16,galore-rank-64,galore-rank-128
 

@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
             help=f"names of layers, exact or a dotted suffix (default: {ALL_LINEAR})",
         )
         one.add_argument("--state_dtype", default=FiraConfig.state_dtype, help="of Fira (default: %(default)s)")
+        one.add_argument("--base_optimizer", default=FiraConfig.base_optimizer, help="of Fira (default: %(default)s)")
     memory.add_argument(
         "--method", default=",".join(METHODS), help=f"one or more, with commas between (default: {','.join(METHODS)})"
     )
@@ -84,6 +85,7 @@ def memory(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
         options.lora_rank,
         options.dtype,
         options.state_dtype,
+        options.base_optimizer,
         options.batch_size,
         options.sequence_length,
         options.gradient_checkpointing,
@@ -94,7 +96,8 @@ def memory(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
 
 
 def inspect(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
-    config = FiraConfig(rank=options.rank, target_modules=options.target_modules, state_dtype=options.state_dtype)
+    names = ("rank", "target_modules", "state_dtype", "base_optimizer")
+    config = FiraConfig(**{name: getattr(options, name) for name in names})
     model = build_on_meta(model_config, "float32")
     lines = [summarize(model, find_targets(model, config))]
     if options.checkpoint is not None:

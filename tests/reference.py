@@ -1,6 +1,6 @@
 """One Fira step as the equations say it: slow, with full-size temporaries, one line per equation.
 
-Letters: W weight, G gradient, Q basis (short x r), R = G Q, M and V the moments of R, N the Adam direction in the
+Letters: W weight, G gradient, Q basis (short x r), R = G Q, N the direction of the base optimizer in the
 subspace, S the scaled residual. Rows are the long side: a matrix with rows < columns is transposed, in and out.
 """
 
@@ -21,6 +21,7 @@ def fira_step(
     rank,
     alpha=1.0,
     update_proj_gap=200,
+    base_optimizer="adamw",
     gamma=1.01,
     limiter="growth",
     scaling="column",
@@ -48,9 +49,25 @@ def fira_step(
         Q = torch.linalg.svd(G, full_matrices=False).Vh[:rank].T if basis is None else basis.to(dtype)
 
     R = G @ Q
-    M = betas[0] * state.get("exp_avg", torch.zeros_like(R)) + (1 - betas[0]) * R
-    V = betas[1] * state.get("exp_avg_sq", torch.zeros_like(R)) + (1 - betas[1]) * R**2
-    N = M / (V.sqrt() + eps)
+
+    def moving(name, beta, value):
+        return beta * state.get(name, torch.zeros_like(value)) + (1 - beta) * value
+
+    if base_optimizer == "lion":
+        N = moving("exp_avg", betas[0], R).sign()
+        moments = {"exp_avg": moving("exp_avg", betas[1], R)}
+        correct_bias = False
+    elif base_optimizer == "adafactor":
+        moments = {
+            "exp_avg": moving("exp_avg", betas[0], R),
+            "exp_avg_sq_row": moving("exp_avg_sq_row", betas[1], (R**2).mean(1, keepdim=True)),
+            "exp_avg_sq_col": moving("exp_avg_sq_col", betas[1], (R**2).mean(0, keepdim=True)),
+        }
+        rows, columns = moments["exp_avg_sq_row"], moments["exp_avg_sq_col"]
+        N = moments["exp_avg"] / ((rows @ columns / rows.mean()).sqrt() + eps)
+    else:
+        moments = {"exp_avg": moving("exp_avg", betas[0], R), "exp_avg_sq": moving("exp_avg_sq", betas[1], R**2)}
+        N = moments["exp_avg"] / (moments["exp_avg_sq"].sqrt() + eps)
 
     if scaling == "column":
         phi = N.norm(dim=1, keepdim=True) / (R.norm(dim=1, keepdim=True) + 1e-8)
@@ -84,9 +101,8 @@ def fira_step(
     new_state = {
         "step": torch.tensor(float(step + 1)),
         "basis": Q,
-        "exp_avg": M,
-        "exp_avg_sq": V,
         "residual_norm": residual_norm,
+        **moments,
     }
     direction, residue = (alpha * N).norm() ** 2, applied.norm() ** 2
     statistics = {

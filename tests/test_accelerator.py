@@ -16,6 +16,7 @@ from reference import gradients, spoiled, weight
 SHAPES = [(40, 24), (24, 40)]
 DEVICES = ["pretended", "cuda"] if torch.cuda.is_available() else ["pretended"]
 SETTINGS = [{}, {"scaling": "matrix"}, {"scaling": "none"}, {"gamma": None}, {"residual": "paper"}]
+SETTINGS += [{"base_optimizer": "lion"}, {"base_optimizer": "adafactor"}]
 
 
 class Pretended(torch.nn.Parameter):
@@ -131,10 +132,11 @@ def test_same_path_as_on_the_cpu(shape, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("at", [0, 1, 4, 5, 6])
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("base", ["adamw", "lion", "adafactor"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bad_gradients_change_nothing_and_do_not_move_the_cadence(shape, bad, at, dtype, device):
+def test_bad_gradients_change_nothing_and_do_not_move_the_cadence(shape, base, bad, at, dtype, device):
     parameter, without = (place(weight(shape, dtype=dtype), device) for _ in range(2))
-    a, b = make(parameter), make(without)
+    a, b = (make(p, base_optimizer=base) for p in (parameter, without))
     a.track_statistics = b.track_statistics = True
     for t, gradient in enumerate(gradients(shape, 12)):
         if t == at:

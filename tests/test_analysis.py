@@ -380,15 +380,17 @@ def test_it_is_refused_before_the_first_step(make_trainer, tmp_path, settings, m
         AnalysisCallback(0)
 
 
-def test_scaled_gradients_and_stacked_weights_are_refused():
-    def begin(model, **settings):
+def test_scaled_gradients_other_bases_and_stacked_weights_are_refused():
+    def begin(model, base_optimizer="adamw", **settings):
         args = SimpleNamespace(**({"optim": "fira", "fp16": False, "output_dir": ""} | settings))
-        optimizer = get_fira_optimizer(model, FiraConfig(rank=4))
+        optimizer = get_fira_optimizer(model, FiraConfig(rank=4, base_optimizer=base_optimizer))
         state = SimpleNamespace(max_steps=100, global_step=0, is_world_process_zero=True)
         AnalysisCallback().on_train_begin(args, state, None, model=model, optimizer=optimizer)
 
     with pytest.raises(ValueError, match="fp16=True.*bf16=True"):
         begin(build_llama(), fp16=True)
+    with pytest.raises(ValueError, match="base_optimizer='lion'.*no second moment"):
+        begin(build_llama(), base_optimizer="lion")
     with pytest.raises(ValueError, match=r"shape \(4, 80, 32\).*stacked"):
         begin(build_mixtral())
 

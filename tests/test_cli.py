@@ -54,6 +54,7 @@ def test_the_options_reach_the_prediction(folder, capsys):
 
     assert total("fira", "--dtype", "float32")["weights"] == 2 * total("fira")["weights"]
     assert total("fira", "--state_dtype", "bfloat16")["optimizer_state"] < total("fira")["optimizer_state"]
+    assert total("fira", "--base_optimizer", "lion")["optimizer_state"] < total("fira")["optimizer_state"]
     assert total("fira", "--target_modules", "q_proj")["optimizer_state"] > total("fira")["optimizer_state"]
     assert total("lora", "--lora_rank", "8")["gradients"] == 2 * total("lora")["gradients"]
     batch = ["--batch_size", "8", "--sequence_length", "32"]
@@ -70,6 +71,7 @@ def test_the_options_reach_the_prediction(folder, capsys):
         (["--batch_size", "1"], "sequence_length=None"),
         (["--target_modules", "q_pro"], "'q_proj'"),
         (["--state_dtype", "float16"], "state_dtype='float16'"),
+        (["--base_optimizer", "adam"], "base_optimizer='adam'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -104,6 +104,7 @@ BAD_VALUES = [
     *[("projection", value) for value in ("qr", "SVD", "sketch", None)],
     *[("refresh", value) for value in ("Staggered", True, None)],
     *[("moments", value) for value in ("keep", None)],
+    *[("base_optimizer", value) for value in ("adam", "Lion", None)],
     *[("state_dtype", value) for value in ("float16", "bf16", None)],
     *[("stochastic_rounding", value) for value in ("true", 1, None)],
     *[("lr", value) for value in (-1e-3, math.nan, math.inf, "1e-3", None)],

@@ -25,6 +25,8 @@ SETTINGS = {
     "svd": {},
     "power": {"projection": "power", "moments": "rotated"},
     "staggered": {"projection": "power", "refresh": "staggered", "moments": "aligned"},
+    "lion": {"projection": "power", "moments": "rotated", "base_optimizer": "lion"},
+    "adafactor": {"projection": "power", "moments": "rotated", "base_optimizer": "adafactor"},
     "random": {"projection": "random", "scaling": "matrix", "residual": "paper"},
     "bf16 state": {"state_dtype": "bfloat16"},
     "rounded at random": {"stochastic_rounding": True},

@@ -95,8 +95,8 @@ class Sent(TorchDispatchMode):
             self.count += 1
         return function(*args, **(kwargs or {}))
 
-settings = {"refresh": sys.argv[2], "scaling": sys.argv[3]}
-model = build(True, int(sys.argv[4]))
+settings = {"refresh": sys.argv[2], "scaling": sys.argv[3], "base_optimizer": sys.argv[4]}
+model = build(True, int(sys.argv[5]))
 start = full(model)
 optimizer = prepare(model, **settings)
 sent = Sent()
@@ -119,17 +119,18 @@ if rank == 0:
 
 
 @pytest.mark.parametrize(
-    ("processes", "refresh", "scaling", "replicas"),
+    ("processes", "refresh", "scaling", "base", "replicas"),
     [
-        (2, "together", "column", 1),
-        (3, "staggered", "column", 1),
-        (2, "together", "matrix", 1),
-        (4, "staggered", "column", 2),
+        (2, "together", "column", "adamw", 1),
+        (3, "staggered", "column", "adamw", 1),
+        (2, "together", "matrix", "lion", 1),
+        (3, "together", "column", "adafactor", 1),
+        (4, "staggered", "column", "adamw", 2),
     ],
 )
-def test_the_result_of_one_process(tmp_path, processes, refresh, scaling, replicas):
+def test_the_result_of_one_process(tmp_path, processes, refresh, scaling, base, replicas):
     """50 steps over several refreshes; only what is low-rank goes over the network. Four processes: two replicas."""
-    launch(EQUAL, tmp_path, processes, str(tmp_path / "found.pt"), refresh, scaling, str(replicas))
+    launch(EQUAL, tmp_path, processes, str(tmp_path / "found.pt"), refresh, scaling, base, str(replicas))
     found = torch.load(tmp_path / "found.pt", weights_only=False)
     assert found["moved"] > 0.01
     assert found["error"] <= 1e-5
@@ -143,9 +144,9 @@ RESUME = (
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-folder, task = sys.argv[1:]
+folder, task, base = sys.argv[1:]
 model = build(world > 1)
-optimizer = prepare(model, refresh="staggered")
+optimizer = prepare(model, refresh="staggered", base_optimizer=base)
 sharded = world > 1
 if task == "save":
     train(model, optimizer, 0, 20, sharded)
@@ -164,12 +165,13 @@ if rank == 0:
 )
 
 
-def test_a_checkpoint_of_two_processes_goes_on_with_one_two_and_three(tmp_path):
+@pytest.mark.parametrize("base", ["adamw", "adafactor"])
+def test_a_checkpoint_of_two_processes_goes_on_with_one_two_and_three(tmp_path, base):
     """In the middle of an interval, by torch.distributed.checkpoint."""
-    launch(RESUME, tmp_path, 2, str(tmp_path), "save")
+    launch(RESUME, tmp_path, 2, str(tmp_path), "save", base)
     saved = torch.load(tmp_path / "save-2.pt")
     for processes in (1, 2, 3):
-        launch(RESUME, tmp_path, processes, str(tmp_path), "resume")
+        launch(RESUME, tmp_path, processes, str(tmp_path), "resume", base)
         resumed = torch.load(tmp_path / f"resume-{processes}.pt")
         assert (resumed - saved).norm() <= 1e-5 * saved.norm()
         if processes == 2:

@@ -123,6 +123,26 @@ def test_layerwise_holds_the_largest_gradient_and_a_tied_one_twice():
     assert gradients(vocab_size=8) == 4 * 80 * 32
 
 
+@pytest.mark.parametrize("base", ["lion", "adafactor"])
+def test_the_state_of_other_base_optimizers(base):
+    """Of projected weights a moment, with Adafactor a number for each row and column beside it; the rest as ever."""
+    model = build_llama()
+    config = FiraConfig(rank=4, base_optimizer=base)
+    optimizer = get_fira_optimizer(model, config)
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    for p in model.parameters():
+        p.grad += 0.1  # no row is zero
+    optimizer.step()
+    predicted = estimate_memory(model, config).optimizer_state
+    assert predicted == measure.state_bytes(optimizer)
+    targets = find_targets(model, config).projected
+    saved = sum(4 * max(t.parameter.shape) for t in targets)
+    if base == "adafactor":
+        saved -= sum(max(t.parameter.shape) + 4 for t in targets)
+    assert estimate_memory(model, FiraConfig(rank=4)).optimizer_state - predicted == 4 * saved
+
+
 def held(value, seen):
     """Bytes of the storages behind a state: of a view, those of all that it looks into."""
     if isinstance(value, torch.Tensor):

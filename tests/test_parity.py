@@ -90,6 +90,41 @@ def test_rmsprop(kind):
     follow(ours, optimizer, theirs, other, gradients(SHAPES[kind], 60))
 
 
+def coordinates(shape, **settings):
+    """Our weight and another one's that is trained by something else on its coordinates in our basis, which is
+    complete and lasts: without residual, both are to move alike."""
+    ours = weight(shape)
+    group = projected([ours], rank=min(shape), update_proj_gap=1000, residual="none", alpha=1.0, **settings)
+    optimizer = FiraAdamW([group], lr=1e-2, eps=0.0)
+    ours.grad = gradients(shape, 1)[0]
+    Q = torch.linalg.svd(ours.grad, full_matrices=False).Vh.T
+    return ours, optimizer, Q, torch.nn.Parameter(ours.detach() @ Q)
+
+
+def test_with_the_whole_space_lion_is_lion():
+    package = pytest.importorskip("pytorch_optimizer", reason="a peer, installed for the benchmarks only")
+    ours, optimizer, Q, theirs = coordinates((40, 24), base_optimizer="lion", betas=(0.9, 0.99))
+    start, other = theirs.detach().clone(), package.Lion([theirs], lr=1e-2, betas=(0.9, 0.99))
+    for gradient in gradients((40, 24), 60):
+        ours.grad, theirs.grad = gradient, gradient @ Q
+        optimizer.step(), other.step()
+    assert (ours.detach() @ Q - theirs).norm() <= 1e-4 * (theirs - start).norm()
+
+
+def test_with_the_whole_space_adafactors_second_moment_is_that_of_transformers():
+    """Its decay of the second moment changes with the step, and it has no bias correction."""
+    from transformers import Adafactor
+
+    ours, optimizer, Q, theirs = coordinates((40, 24), base_optimizer="adafactor", correct_bias=False)
+    start, own = theirs.detach().clone(), {"relative_step": False, "scale_parameter": False, "clip_threshold": 1e9}
+    other = Adafactor([theirs], lr=1e-2, decay_rate=-0.8, **own)
+    for t, gradient in enumerate(gradients((40, 24), 60)):
+        optimizer.param_groups[0]["betas"] = (0.0, 1 - (t + 1) ** -0.8)
+        ours.grad, theirs.grad = gradient, gradient @ Q
+        optimizer.step(), other.step()
+    assert (ours.detach() @ Q - theirs).norm() <= 1e-4 * (theirs - start).norm()
+
+
 @pytest.mark.parametrize("kind", SHAPES)
 def test_without_residual_it_is_galore(kind):
     pytest.importorskip("galore_torch")  # with bitsandbytes, which is not built for every system

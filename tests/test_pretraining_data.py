@@ -244,7 +244,7 @@ VARIANTS = {
     "fira-tensor-scaling": {"limiter": "scale", "gamma": 0.5},
     "fira-only-scaling": {"alpha": 0.0},
     "fira-rmsprop": {"correct_bias": False, "adam_beta1": 0.0, "adam_beta2": 0.9},
-    "fira-lion": {"base_optimizer": "lion", "adam_beta2": 0.99},
+    "fira-lion": {"base_optimizer": "lion", "adam_beta2": 0.99, "dense_lr": 0.01, "learning_rate": 3e-3},
     "fira-adafactor": {"base_optimizer": "adafactor"},
     "fira-gamma-1.1": {"gamma": 1.1},
     "fira-gamma-1.001": {"gamma": 1.001},

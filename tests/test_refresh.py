@@ -75,8 +75,10 @@ def test_more_matrices_than_steps_are_spread_evenly():
 @pytest.mark.parametrize("projection", ["svd", "power", "random"])
 @pytest.mark.parametrize("refresh", ["together", "staggered"])
 @pytest.mark.parametrize("moments", ["kept", "rotated", "aligned"])
-def test_a_resumed_run_refreshes_and_rounds_as_if_it_had_not_stopped(projection, refresh, moments):
+@pytest.mark.parametrize("base_optimizer", ["adamw", "lion", "adafactor"])
+def test_a_resumed_run_refreshes_and_rounds_as_if_it_had_not_stopped(base_optimizer, projection, refresh, moments):
     settings = {"gap": 6, "projection": projection, "refresh": refresh, "moments": moments}
+    settings |= {"base_optimizer": base_optimizer}
     settings |= {"stochastic_rounding": True, "state_dtype": "bfloat16"}
     parameters, optimizer = make(**settings)
     for p in parameters:
@@ -157,9 +159,24 @@ def test_rotating_into_the_same_subspace_and_back_changes_the_first_moment_by_ro
     M, V = torch.randn(60, 6), torch.rand(60, 6) + 4
     start = M.clone()
     for turn in (C, C.T):
-        F.rotate_moments(M, V, turn, torch.tensor(1.0))
+        F.rotate_moments("adamw", [M, V], turn, torch.tensor(1.0))
     assert torch.allclose(M, start, atol=1e-5)
     assert (V > 0).all()
+
+
+def test_adafactors_moments_follow_the_basis():
+    """V is carried over by the squares of C, as that of AdamW whose gradients have no mean; rows and columns go on
+    having the same mean, from which V is put together."""
+    generator = torch.Generator().manual_seed(0)
+    C = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q[:, :5] * 0.9  # some of the energy is lost
+    M, row, col = (torch.rand(shape, generator=generator) for shape in ((60, 5 + 1), (60, 1), (1, 6)))
+    row *= col.mean() / row.mean()
+    V, first = row @ col / col.mean(), M.clone()
+    C = torch.nn.functional.pad(C, (0, 1))
+    F.rotate_moments("adafactor", [M, row, col], C, torch.tensor(1.0))
+    assert torch.allclose(M, first @ C)
+    assert torch.allclose(row @ col / col.mean(), V @ C.square(), rtol=1e-5)
+    assert torch.allclose(row.mean(), col.mean())
 
 
 def test_an_aligned_basis_spans_the_new_subspace_and_lies_closest_to_the_old():

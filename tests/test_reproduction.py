@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -110,18 +111,23 @@ def test_searches_of_several_commands_make_one_table(tmp_path):
     for name, of_methods in found.items():
         methods = {method: {"losses": losses} for method, losses in of_methods.items()}
         files.write_json(tmp_path / f"search-{name}" / "search.json", {"methods": methods})
-    assert reproduction.searches(tmp_path) == [
+    losses = reproduction.searched(tmp_path)
+    assert reproduction.searches(losses) == [
         "| validation loss | 1e-3 | 1e-2 | 3e-2 | 1e-1 |",
         "| --- | ---: | ---: | ---: | ---: |",
-        "| `adamw` | **6.000** |  |  |  |",
         "| `galore` |  | 5.000 | 4.000 | **3.500** |",
+        "| `adamw` | **6.000** |  |  |  |",
     ]
+    assert reproduction.at_their_best(losses) == {"galore": [math.exp(3.5)], "adamw": [math.exp(6.0)]}
+    with pytest.raises(ValueError, match=r"no search\*/search.json of fira-lion, lora"):
+        reproduction.of_methods(losses, ["adamw", "fira-lion", "lora"], tmp_path)
 
 
 def test_missing_results_are_named(tmp_path, capsys):
     assert reproduction.main([str(tmp_path)]) == 2
     assert "holds no search*/search.json" in capsys.readouterr().err
     search = {"methods": {"adamw": {"losses": {"1e-3": 4.0}}}}
+    search["methods"] |= {method: {"losses": {"1e-2": 5.0}} for method in reproduction.BASES}
     files.write_json(tmp_path / "search" / "search.json", search)
     assert reproduction.main([str(tmp_path)]) == 2
     assert "methods/results.json holds no results" in capsys.readouterr().err

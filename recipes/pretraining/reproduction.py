@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import re
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -53,6 +55,9 @@ PUBLISHED = {
 # The same column as measured by Glentis et al. (OptimAI-Lab/Minimalist_LLM_Pretraining), with a tuned Adam.
 INDEPENDENT = {"adamw": 30.05, "fira": 30.34, "galore": 34.58, "apollo": 30.94}
 
+# Fira, and what else can make its low-rank update.
+BASES = ("fira", "fira-adafactor", "fira-rmsprop", "fira-lion")
+
 FEW = 5  # of pairs that are listed
 
 
@@ -82,24 +87,47 @@ def beside(name: str, ours: dict[str, list[float]]) -> list[str]:
     return [*report.markdown(rows), "", agreement(PUBLISHED[name], ours)]
 
 
-def searches(folder: Path) -> list[str]:
-    """Validation loss by method and learning rate."""
-    losses: dict[str, dict[str, float]] = {}
+Losses = dict[str, dict[str, float]]  # of each method, by learning rate
+
+
+def searched(folder: Path) -> Losses:
+    """The validation losses of all searches."""
+    losses: Losses = {}
     for path in sorted(folder.glob("search*/search.json")):
         for method, of_one in files.read_json(path)["methods"].items():
             known = {value: loss for value, loss in of_one["losses"].items() if loss is not None}
             losses[method] = losses.get(method, {}) | known
     if not losses:
         raise ValueError(f"{folder} holds no search*/search.json.")
+    return losses
+
+
+def at_their_best(losses: Losses) -> dict[str, list[float]]:
+    """Perplexity of each method at the best of its learning rates."""
+    return {method: [math.exp(min(of_one.values()))] for method, of_one in losses.items() if of_one}
+
+
+def searches(losses: Losses) -> list[str]:
+    """A table of validation losses by method and learning rate."""
     values = sorted({value for of_one in losses.values() for value in of_one}, key=float)
     rows = [["validation loss", *values]]
-    for method in sorted(losses, key=list(RECIPE.methods).index):
-        best = min(losses[method], key=losses[method].__getitem__)
-        cells = {value: f"{loss:.3f}" for value, loss in losses[method].items()} | {
-            best: f"**{losses[method][best]:.3f}**"
-        }
+    for method, of_one in losses.items():
+        best = min(of_one, key=of_one.__getitem__)
+        cells = {value: f"{loss:.3f}" for value, loss in of_one.items()} | {best: f"**{of_one[best]:.3f}**"}
         rows.append([f"`{method}`", *(cells.get(value, "") for value in values)])
     return report.markdown(rows)
+
+
+def of_methods(losses: Losses, methods: Iterable[str], folder: Path) -> Losses:
+    """The losses of these methods alone, all of which must have been searched."""
+    missing = [method for method in methods if not losses.get(method)]
+    if missing:
+        raise ValueError(f"{folder} holds no search*/search.json of {', '.join(missing)}.")
+    return {method: losses[method] for method in methods}
+
+
+def rank_of(name: str) -> int:
+    return int(name.rpartition("-")[2])
 
 
 def searched_rank(source: Path) -> dict[str, list[float]]:
@@ -112,12 +140,16 @@ def searched_rank(source: Path) -> dict[str, list[float]]:
     return found
 
 
-def plot_ranks(ours: dict[str, list[float]], path: Path) -> None:
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    ranked = [{name: statistics.mean(values) for name, values in ours.items()}, PUBLISHED["ranks"]]
-    for axis, found, title in zip(figure.subplots(1, 2), ranked, ("here", "the paper, 60M on C4"), strict=True):
+def plot_ranks(ours: dict[str, list[float]], at_best: dict[str, list[float]], path: Path) -> None:
+    """Perplexity by rank: at one learning rate for all ranks, and at the best of each; and the paper's."""
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    means = [{name: statistics.mean(values) for name, values in found.items()} for found in (ours, at_best)]
+    titles = ("here, one rate for all ranks", "here, the best rate of each", "the paper, 60M on C4")
+    here, best, paper = figure.subplots(1, 3)
+    best.sharey(here)
+    for axis, found, title in zip((here, best, paper), (*means, PUBLISHED["ranks"]), titles, strict=True):
         for method in ("fira", "galore"):
-            points = sorted((int(n.rpartition("-")[2]), v) for n, v in found.items() if n.startswith(method))
+            points = sorted((rank_of(name), value) for name, value in found.items() if name.startswith(method))
             colour, marker = STYLES[method]
             axis.plot(*zip(*points, strict=True), color=colour, marker=marker, label=method)
         axis.set(title=title, xlabel="rank", ylabel="validation perplexity", xscale="log")
@@ -130,12 +162,23 @@ def plot_ranks(ours: dict[str, list[float]], path: Path) -> None:
 
 def tables(folder: Path) -> dict[str, list[str]]:
     """The lines of each table."""
-    found = {"search": searches(folder)}
+    losses = searched(folder)
+    methods = [name for name in RECIPE.methods if name in losses and "-rank-" not in name and name not in BASES[1:]]
+    found = {"search": searches(of_methods(losses, methods, folder))}
+    found["bases"] = searches(of_methods(losses, BASES, folder))
     for name in PUBLISHED:
         ours = perplexities(folder / name / report.MERGED)
         if name == "ranks":
-            ours |= searched_rank(folder / "methods" / report.MERGED)
-            plot_ranks(ours, folder / "ranks.png")
+            searched_here = searched_rank(folder / "methods" / report.MERGED)
+            of_ranks = of_methods(losses, list(ours), folder)
+            of_ranks |= {rank: losses[rank.partition("-")[0]] for rank in searched_here}
+            found["rank-search"] = [
+                *searches(dict(sorted(of_ranks.items(), key=lambda one: (one[0][0], rank_of(one[0]))))),
+                "",
+                f"At the best rate of each: {agreement(PUBLISHED[name], at_their_best(of_ranks))}",
+            ]
+            ours |= searched_here
+            plot_ranks(ours, at_their_best(of_ranks), folder / "ranks.png")
         found[name] = beside(name, ours)
     content = files.read_json(folder / "similarity" / "similarity.json")
     if content is None:
@@ -157,7 +200,9 @@ TITLES = {
     "search": "Learning rates",
     "methods": "Pre-training",
     "ablation": "Ablation and gamma",
+    "bases": "Base optimizers",
     "ranks": "Ranks",
+    "rank-search": "Learning rates of the ranks",
     "similarity": "Scaling-factor similarity",
 }
 
