@@ -44,7 +44,7 @@ paper-search: $(STAMP)
 	$(PRETRAIN).search small --output_dir $(PAPER)/search-wider $(SMALL) \
 	  --methods galore,flora --values learning_rate=1e-1
 	$(PRETRAIN).search small --output_dir $(PAPER)/search-adamw $(SMALL) \
-	  --methods adamw,adamw-two-rates,lora,relora --values learning_rate=3e-4,1e-3,3e-3,1e-2
+	  --methods adamw,adamw-two-rates,lora,lora-two-rates,relora --values learning_rate=3e-4,1e-3,3e-3,1e-2
 
 paper-methods: $(STAMP)
 	$(PRETRAIN).compare small --output_dir $(PAPER)/methods --seeds 42,43 $(SMALL)

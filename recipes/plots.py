@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 STYLES = {  # colour and marker
     "lora": ("#0072B2", "o"),
     "dora": ("#003F69", "v"),
+    "lora-two-rates": ("#003F69", "v"),
     "relora": ("#56B4E9", "P"),
     "adamw": ("#009E73", "^"),
     "adamw-full": ("#009E73", "^"),

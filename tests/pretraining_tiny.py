@@ -28,6 +28,7 @@ METHODS = {
     "galore": {"optim_args": "rank=4, update_proj_gap=5, scale=0.25", "save_strategy": "no"},
     "apollo": {"optim_args": "rank=4, update_proj_gap=5", "save_strategy": "no"},
     "lora": {"lora_rank": 4},
+    "lora-two-rates": {"lora_rank": 4, "dense_lr": "3e-2"},
     "relora": {"lora_rank": 4, "relora_interval": 4, "relora_warmup": 2},
 }
 

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from conftest import kill_recipe, run_recipe
 from pretraining_tiny import BATCH, CONFIG, LENGTH, METHODS, STEPS, write_preset
 from recipes.pretraining import compare, report, search, train
+from recipes.pretraining.settings import ADAMW, RECIPE
 from recipes.relora import Restarts, add_lora, restart
 
 run = functools.partial(run_recipe, train)
@@ -43,7 +44,7 @@ def test_every_method_trains_and_records_what_it_did(preset, method, tmp_path):
     assert (result["status"], result["steps"], result["method"]) == ("ok", STEPS, method)
     assert result["parameters"] == DENSE + MATRICES
     lora = 2 * 4 * (4 * (32 + 32) + 3 * (32 + 80))  # two layers, rank 4
-    assert result["trainable_parameters"] == DENSE + (lora if method in ("lora", "relora") else MATRICES)
+    assert result["trainable_parameters"] == DENSE + (lora if RECIPE.methods[method].lora else MATRICES)
     assert result["training_tokens"] == STEPS * BATCH * LENGTH
     assert result["tokens_per_second"] == pytest.approx(result["training_tokens"] / result["train_seconds"])
     assert result["history"][-2]["num_input_tokens_seen"] == result["training_tokens"]
@@ -58,7 +59,7 @@ def test_every_method_trains_and_records_what_it_did(preset, method, tmp_path):
     if method == "flora":
         assert all(entry["fira_residual_share"] == 0 for entry in result["history"] if "loss" in entry)
     adamw_state = 2 * 4 * result["trainable_parameters"]
-    if method in ("adamw", "adamw-two-rates", "lora", "relora"):
+    if RECIPE.methods[method].optimizers == ADAMW:
         assert result["optimizer_state_bytes"] == pytest.approx(adamw_state, rel=1e-2)
     else:
         assert result["optimizer_state_bytes"] < adamw_state
@@ -77,13 +78,14 @@ def test_every_method_trains_and_records_what_it_did(preset, method, tmp_path):
         assert model(input_ids=rows, labels=rows).loss.item() == pytest.approx(result["eval_loss"], rel=1e-4)
 
 
-def test_two_rates_are_those_of_the_matrices_and_of_the_rest(preset, tmp_path):
+@pytest.mark.parametrize("method", ["adamw", "lora"])
+def test_two_rates_are_those_of_the_matrices_and_of_the_rest(preset, method, tmp_path):
     """A rate of zero for one of the two leaves it as it began, and the schedule scales both."""
     words = ["--max_steps", "2", "--lr_scheduler_type", "linear"]
     models = {}
     for name, rates in {"none": "0 0", "matrices": "1e-2 0", "rest": "0 1e-2"}.items():
         rate, dense = rates.split()
-        run(preset, "adamw-two-rates", tmp_path / name, *words, "--learning_rate", rate, "--dense_lr", dense)
+        run(preset, f"{method}-two-rates", tmp_path / name, *words, "--learning_rate", rate, "--dense_lr", dense)
         models[name] = LlamaForCausalLM.from_pretrained(tmp_path / name / "model")
     start = dict(models.pop("none").named_parameters())
     for name, model in models.items():

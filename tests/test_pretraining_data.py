@@ -175,7 +175,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_an_error(tmp_path):
     ("words", "message"),
     [
         (["--method", "muon"], "method is 'muon'; it must be one of adamw, adamw-two-rates, fira"),
-        (["--dense_lr", "1e-2"], "method is fira and dense_lr 0.01; adamw-two-rates needs it"),
+        (["--dense_lr", "1e-2"], "method is fira and dense_lr 0.01; adamw-two-rates and lora-two-rates need"),
         (["--method", "galore", "--optim", "fira"], "method galore cannot use optim fira"),
         (["--method", "relora"], "method relora needs relora_interval; set it to a number of optimizer steps"),
         (["--relora_warmup", "5"], "method fira has no restarts, but relora_warmup is set; leave it out"),

@@ -23,6 +23,7 @@ METHODS = {
     "flora": FIRA,
     "apollo": Method(lora=False, optimizers=("apollo_adamw",)),
     "lora": Method(lora=True, optimizers=ADAMW),
+    "lora-two-rates": Method(lora=True, optimizers=ADAMW),
     "relora": Method(lora=True, optimizers=ADAMW),
     # The paper's ablation and sweeps: what each is lies in the settings of its experiment.
     "fira-matrix": FIRA,
@@ -75,7 +76,7 @@ class RecipeArguments(RestartArguments):
     lora_alpha: int = field(default=32, metadata={"help": "LoRA's scale is lora_alpha / lora_rank."})
     dense_lr: float | None = field(
         default=None,
-        metadata={"help": "Learning rate of embeddings, norms and output head (adamw-two-rates; Fira's: optim_args)."},
+        metadata={"help": "Learning rate of embeddings, norms and output head (*-two-rates; Fira's: optim_args)."},
     )
     analysis_steps: int | None = field(
         default=None,
@@ -97,9 +98,10 @@ class RecipeArguments(RestartArguments):
                 "it is for adamw and fira; leave it out."
             )
         self.check_restarts(self.method)
-        if (self.method == "adamw-two-rates") != (self.dense_lr is not None):
+        if self.method.endswith("-two-rates") != (self.dense_lr is not None):
             raise ValueError(
-                f"method is {self.method} and dense_lr {self.dense_lr}; adamw-two-rates needs it, no other has it."
+                f"method is {self.method} and dense_lr {self.dense_lr}; adamw-two-rates and lora-two-rates need it, "
+                "no other has it."
             )
         if self.data_dir == C4 and self.tokenizer is None:
             raise ValueError(

@@ -91,8 +91,9 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
 
 def two_rates(model: LlamaForCausalLM, arguments: RecipeArguments, training: TrainingArguments) -> AdamW:
     """AdamW with a learning rate of its own for what the low-rank methods do not project."""
-    matrices = [p for name, p in model.named_parameters() if any(part in name for part in MATRICES)]
-    others = [p for name, p in model.named_parameters() if not any(part in name for part in MATRICES)]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trained if any(part in name for part in MATRICES)]
+    others = [p for name, p in trained if not any(part in name for part in MATRICES)]
     return AdamW(
         [{"params": matrices}, {"params": others, "lr": arguments.dense_lr}],
         lr=training.learning_rate,
