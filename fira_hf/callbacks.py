@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .analysis import check_matrix, measure, sample_rows
-from .config import FiraConfig
+from .config import LAYERWISE, FiraConfig
 from .distributed import local
 from .optimizer import FiraAdamW
 from .targets import Target, find_targets
@@ -24,6 +24,11 @@ OF_MATRIX = ("phi", "captured_energy", "residual_norm", "limiter")
 # Rows of which a matrix's scaling factors are kept, as in the paper.
 SAMPLED = 100
 HEADER, ROWS = "analysis.json", "analysis.npy"
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer in accelerate's wrapper, as the Trainer hands it to callbacks."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 class FiraCallback(TrainerCallback):
@@ -47,8 +52,7 @@ class FiraCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = kwargs["optimizer"]
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        optimizer = unwrapped(kwargs["optimizer"])
         if not isinstance(optimizer, FiraAdamW):
             raise ValueError(
                 f"FiraCallback needs FiraAdamW, but the Trainer trains with {type(optimizer).__name__}: set "
@@ -134,13 +138,13 @@ class AnalysisCallback(TrainerCallback):
 
     def _groups(self, args: TrainingArguments, state: TrainerState, optimizer: Any) -> dict[Any, dict[str, Any]]:
         """Weight -> its parameter group."""
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+        optimizer = unwrapped(optimizer)
         if not isinstance(optimizer, (FiraAdamW, torch.optim.AdamW)):
             raise ValueError(
                 f"AnalysisCallback reads Adam's moments, but the Trainer trains with {type(optimizer).__name__}: set "
                 'optim="fira" or "adamw_torch", or leave the callback out.'
             )
-        if args.optim == "fira_layerwise":
+        if args.optim == LAYERWISE:
             raise ValueError(
                 "AnalysisCallback needs the gradients after the step, which optim='fira_layerwise' frees in backward: "
                 'set optim="fira".'
@@ -191,7 +195,7 @@ class AnalysisCallback(TrainerCallback):
         step = state.global_step + 1  # the Trainer counts this step after its callbacks
         if step % self._steps or self._rows is None:
             return
-        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        optimizer = unwrapped(kwargs["optimizer"])
         groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         values, sampled = [], []
         for target, rows in self._targets:

@@ -14,6 +14,7 @@ from typing import Any
 
 CONFIG_NAME = "fira_config.json"
 ALL_LINEAR = "all-linear"
+LAYERWISE = "fira_layerwise"
 
 # The settings in which the published code differs from the defaults: FiraConfig(**PUBLISHED), with the authors'
 # rank, alpha and learning rate, is their method. (For the 7B model they publish an interval of 500.)

@@ -14,13 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .config import ALL_LINEAR, FiraConfig, unknown_name
+from .config import ALL_LINEAR, LAYERWISE, FiraConfig, unknown_name
 from .targets import FP32, adamw_state_bytes, find_targets
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-LAYERWISE = "fira_layerwise"
 
 
 @dataclass

@@ -17,7 +17,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import OptimizerNames, ParallelMode
 
-from .config import ALL_LINEAR, PUBLISHED, FiraConfig, unknown_name
+from .callbacks import unwrapped
+from .config import ALL_LINEAR, LAYERWISE, PUBLISHED, FiraConfig, unknown_name
 from .factory import build_optimizer
 from .layerwise import StepInBackward, step_in_backward
 from .optimizer import FiraAdamW
@@ -25,7 +26,6 @@ from .targets import find_targets, linear_layers, unmatched, weights
 
 logger = logging.getLogger(__name__)
 
-LAYERWISE = "fira_layerwise"
 NAMES = ("fira", LAYERWISE)
 
 
@@ -181,7 +181,7 @@ class Layerwise(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])  # accelerate's wrapper
+        optimizer = unwrapped(kwargs["optimizer"])
         if not isinstance(optimizer, FiraAdamW):
             raise ValueError(
                 f"optim={LAYERWISE!r} steps FiraAdamW, but the Trainer was given {type(optimizer).__name__}: set "

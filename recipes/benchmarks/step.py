@@ -37,6 +37,8 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     DEFAULT: ("fira_hf", {}),
     "fira_hf, together": ("fira_hf", {"refresh": "together"}),
     "fira_hf, published": ("fira_hf", {"projection": "svd", "refresh": "together", "moments": "kept"}),
+    "fira_hf, adafactor": ("fira_hf", {"refresh": "together", "base_optimizer": "adafactor"}),
+    "fira_hf, lion": ("fira_hf", {"refresh": "together", "base_optimizer": "lion"}),
 } | {name: (name, {}) for name in BUILDERS if name not in ("fira_hf", "muon")}
 
 
