@@ -111,11 +111,12 @@ def project(G: Tensor, Q: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-# The moments of R that a base optimizer keeps, as named in the state -> whether each has the rows and columns of R.
+# The moments of R that a base optimizer keeps, as named in the state -> whether each has the rows and columns of R. What
+# has no rows comes first: processes that share the rows all hold it, and round it with the same draws.
 MOMENTS = {
     "adamw": {"exp_avg": (True, True), "exp_avg_sq": (True, True)},
     "lion": {"exp_avg": (True, True)},
-    "adafactor": {"exp_avg": (True, True), "exp_avg_sq_row": (True, False), "exp_avg_sq_col": (False, True)},
+    "adafactor": {"exp_avg_sq_col": (False, True), "exp_avg_sq_row": (True, False), "exp_avg": (True, True)},
 }
 Moments = Sequence[Sequence[Tensor]]  # for each name, that of each of B matrices
 
@@ -177,13 +178,13 @@ def _adafactor(
 ) -> tuple[Tensor, list[Tensor]]:
     """N = M / (sqrt(V) + eps), V_ij = row_i col_j / mean(col), where row and col follow the means of R^2 over a row
     and over a column (arXiv 1804.04235, algorithm 2)."""
-    M, row, col = moments
+    col, row, M = moments
     sums = total(torch.cat([R, torch.ones_like(row)], dim=2)).square()  # the last one is the number of all rows
     M = torch.lerp(M, R, 1 - betas[0])
     row = torch.lerp(row, R.square().mean(2, keepdim=True), 1 - betas[1])
     col = torch.lerp(col, sums[..., :-1] / sums[..., -1:], 1 - betas[1])
     V = row * (col / col.mean(2, keepdim=True).clamp_(min=TINY))
-    return M / V.sqrt_().add_(eps), [M, row, col]
+    return M / V.sqrt_().add_(eps), [col, row, M]
 
 
 def residual_scale(N_norms: Tensor, R_norms: Tensor, scaling: str, total: Total = total_norms) -> Tensor:
@@ -287,15 +288,16 @@ def rotate_moments(base_optimizer: str, moments: Sequence[Tensor], C: Tensor, ra
     (LDAdam, arXiv 2410.16103): M <- M C,  V <- max(V - m M^2, 0) C^2 + m (M C)^2, with `ratio` m = (1 - b2^t) /
     (1 - b1^t)^2, which accounts for the bias correction. Of Adafactor's V the columns are carried over, V <- V C^2.
     """
-    M, *second = moments
     if base_optimizer == "adamw":
-        (V,) = second
+        M, V = moments
         variance = V.sub_(M.square().mul_(ratio)).clamp_(min=0) @ C.square()
-    elif base_optimizer == "adafactor":
-        row, col = second
+        M.copy_(M @ C)
+        V.copy_(variance.add_(M.square().mul_(ratio)))
+        return
+    *means, M = moments
+    M.copy_(M @ C)
+    if means:
+        col, row = means
         before = col.mean().clamp_(min=TINY)
         col.copy_(col @ C.square())
         row.mul_(col.mean() / before)  # the mean of both is that of R^2
-    M.copy_(M @ C)
-    if base_optimizer == "adamw":
-        V.copy_(variance.add_(M.square().mul_(ratio)))

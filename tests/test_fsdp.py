@@ -102,6 +102,14 @@ optimizer = prepare(model, **settings)
 sent = Sent()
 train(model, optimizer, 0, 50, True, sent)
 weights = full(model)
+if sys.argv[4] == "adafactor":  # what all hold stays the same on all, also where it is rounded at random
+    rounded = build(True)
+    optimizer = prepare(rounded, **settings, state_dtype="bfloat16")
+    train(rounded, optimizer, 0, 20, True)
+    col = optimizer.state[rounded.layers[0].weight]["exp_avg_sq_col"]
+    of_each = [torch.empty_like(col) for _ in range(world)]
+    dist.all_gather(of_each, col)
+    assert all(torch.equal(col, other) for other in of_each)
 ordinary = Sent()
 train(model, optimizer, 50, 51, True, ordinary)
 if rank == 0:

@@ -173,7 +173,7 @@ def test_adafactors_moments_follow_the_basis():
     row *= col.mean() / row.mean()
     V, first = row @ col / col.mean(), M.clone()
     C = torch.nn.functional.pad(C, (0, 1))
-    F.rotate_moments("adafactor", [M, row, col], C, torch.tensor(1.0))
+    F.rotate_moments("adafactor", [col, row, M], C, torch.tensor(1.0))
     assert torch.allclose(M, first @ C)
     assert torch.allclose(row @ col / col.mean(), V @ C.square(), rtol=1e-5)
     assert torch.allclose(row.mean(), col.mean())
