@@ -111,8 +111,8 @@ def project(G: Tensor, Q: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-# The moments of R that a base optimizer keeps, as named in the state -> whether each has the rows and columns of R. What
-# has no rows comes first: processes that share the rows all hold it, and round it with the same draws.
+# The moments of R that a base optimizer keeps, as named in the state -> whether each has the rows and columns of R.
+# What has no rows comes first: processes that share the rows all hold it, and round it with the same draws.
 MOMENTS = {
     "adamw": {"exp_avg": (True, True), "exp_avg_sq": (True, True)},
     "lion": {"exp_avg": (True, True)},
