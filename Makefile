@@ -61,6 +61,8 @@ paper-ranks: $(STAMP)
 	  --methods fira-rank-4,fira-rank-16,fira-rank-64,fira-rank-128 --values learning_rate=3e-3,1e-2,3e-2
 	$(PRETRAIN).search ranks --size small --output_dir $(PAPER)/search-low-ranks $(SMALL) \
 	  --methods fira-rank-4,fira-rank-16 --values learning_rate=1e-1
+	$(PRETRAIN).search ranks --size small --output_dir $(PAPER)/search-galore-rank-4 $(SMALL) \
+	  --methods galore-rank-4 --values learning_rate=3e-1
 	$(PRETRAIN).search ranks --size small --output_dir $(PAPER)/search-galore-ranks $(SMALL) \
 	  --methods galore-rank-4,galore-rank-16,galore-rank-64,galore-rank-128 --values learning_rate=1e-2,3e-2,1e-1
 	$(PRETRAIN).compare ranks --size small --output_dir $(PAPER)/ranks $(SMALL) \

@@ -59,8 +59,8 @@ def check_matrix(p: Tensor, group: Mapping[str, Any]) -> None:
         )
     if group.get("base_optimizer", "adamw") != "adamw":
         raise ValueError(
-            f"base_optimizer={group['base_optimizer']!r} has no second moment that an AdamW run could be compared "
-            "with: analyse with base_optimizer='adamw'."
+            f"base_optimizer={group['base_optimizer']!r} does not keep AdamW's moments, from which scaling factors "
+            "are computed: analyse with base_optimizer='adamw'."
         )
 
 
@@ -75,7 +75,7 @@ def measure(p: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], trans
         transposed: stored (in, out), which the group of a projected weight says itself.
 
     Raises:
-        ValueError: the weight is sharded, or stacks or fuses several matrices.
+        ValueError: the weight is sharded, or stacks or fuses several matrices, or its base optimizer is not AdamW.
         RuntimeError: its gradient is gone.
     """
     check_matrix(p, group)

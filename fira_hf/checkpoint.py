@@ -74,10 +74,9 @@ def pairs(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> lis
 
 def _projected(groups: list[dict[str, Any]], named: bool) -> dict[str, dict[str, Any]]:
     """Name (or position) of each projected parameter -> the settings of its projection."""
-    defaults = PROJECTED_DEFAULTS | SHARED_DEFAULTS
     return {
         group["param_names"][i] if named else f"parameter {i} of group {g}": {
-            name: group.get(name, default) for name, default in ({"rank": None} | defaults).items()
+            name: group.get(name) for name in ("rank", *PROJECTED_DEFAULTS, *SHARED_DEFAULTS)
         }
         for g, group in enumerate(groups)
         if "rank" in group

@@ -82,13 +82,13 @@ def memory(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
         options.method.split(","),
         options.rank,
         options.target_modules,
-        options.lora_rank,
-        options.dtype,
-        options.state_dtype,
-        options.base_optimizer,
-        options.batch_size,
-        options.sequence_length,
-        options.gradient_checkpointing,
+        lora_rank=options.lora_rank,
+        dtype=options.dtype,
+        state_dtype=options.state_dtype,
+        base_optimizer=options.base_optimizer,
+        batch_size=options.batch_size,
+        sequence_length=options.sequence_length,
+        gradient_checkpointing=options.gradient_checkpointing,
     )
     if options.json:
         return json.dumps({name: asdict(one) | {"total": one.total} for name, one in found.items()}, indent=2)

@@ -192,9 +192,9 @@ class FiraConfig:
         moments: what becomes of them when the basis changes. "rotated": carried into the new basis; "kept": stay as
             they are, as published; "aligned": the new basis is turned to lie closest to the old one.
         base_optimizer: what makes the low-rank update N of R and its moments. "adamw"; "lion" (arXiv 2302.06675): the
-            sign of beta1 M + (1 - beta1) R, with one moment, no bias correction and no eps; "adafactor": AdamW with
-            the second moment of Adafactor (arXiv 1804.04235), which keeps its means over rows and columns. Weights
-            that are not projected are AdamW's with each.
+            sign of beta1 M + (1 - beta1) R, where M decays by beta2, without bias correction and eps; "adafactor":
+            AdamW with the second moment of Adafactor (arXiv 1804.04235), which keeps its means over rows and columns.
+            Weights that are not projected are trained by AdamW whatever this is, with the same betas.
         scaling: the scale of the residual: one per row of the long side ("column", the paper's default), one per
             matrix ("matrix"), or 1 ("none").
         residual: "reference": alpha as in the published code, W -= eta (alpha N Q^T + phi (G - alpha R Q^T));

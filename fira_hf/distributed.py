@@ -44,8 +44,9 @@ class Shards:
     last ones, which may be smaller or empty. `is_tall`: whether the rows are its long side.
 
     Low-rank tensors are split along the long side. For a tall weight each process has the gradient's part of the same
-    rows, and only norms are exchanged. For a wide one each has a part of every sum over the short side: partial sums
-    are added up and each process gets its rows (`collect`), and what it makes of them goes to all (`spread`).
+    rows, and only norms, and sums over columns, are exchanged. For a wide one each has a part of every sum over the
+    short side: partial sums are added up and each process gets its rows (`collect`), and what it makes of them goes to
+    all (`spread`).
     """
 
     group: ProcessGroup

@@ -17,6 +17,7 @@ any tensor of the weight's size exists, and the whole update is one product of r
 
     W <- (1 - lr wd) (W - eta [(alpha N - s c k phi R) Q^T + s c phi G]),      eta = lr sqrt(1 - b2^t) / (1 - b1^t)
 
+N and eta are Adam's here; `direction` has those of other base optimizers.
 (s, k) = (1, alpha) is the published code, (alpha, 1) is the paper, the same at alpha = 1; (0, 1) leaves S out.
 """
 
@@ -137,17 +138,14 @@ def direction(
     """
     if base_optimizer == "adamw":
         return _adam(R, moments, betas, eps, active)
-    old = [torch.stack(list(of)) for of in moments]
-    if base_optimizer == "lion":
-        N, new = _lion(R, old, betas)
-    else:
-        N, new = _adafactor(R, old, betas, eps, total)
-    if active is not None:
-        mask = active.view(-1, 1, 1)
-        N, new = torch.where(mask, N, 0.0), [torch.where(mask, *both) for both in zip(new, old, strict=True)]
-    for of, values in zip(moments, new, strict=True):
-        torch._foreach_copy_(list(of), list(values))
-    return N
+    before = [] if active is None else [torch.stack(list(of)) for of in moments]
+    N = _lion(R, moments, betas) if base_optimizer == "lion" else _adafactor(R, moments, betas, eps, total)
+    if active is None:
+        return N
+    mask = active.view(-1, 1, 1)
+    for of, old in zip(moments, before, strict=True):
+        torch._foreach_copy_(list(of), list(torch.where(mask, torch.stack(list(of)), old)))
+    return torch.where(mask, N, 0.0)
 
 
 def _adam(R: Tensor, moments: Moments, betas: tuple[float, float], eps: float, active: Tensor | None) -> Tensor:
@@ -167,24 +165,26 @@ def _adam(R: Tensor, moments: Moments, betas: tuple[float, float], eps: float, a
     return N
 
 
-def _lion(R: Tensor, moments: list[Tensor], betas: tuple[float, float]) -> tuple[Tensor, list[Tensor]]:
+def _lion(R: Tensor, moments: Moments, betas: tuple[float, float]) -> Tensor:
     """N = sign(b1 M + (1 - b1) R), M <- b2 M + (1 - b2) R (arXiv 2302.06675, algorithm 2)."""
-    (M,) = moments
-    return torch.lerp(M, R, 1 - betas[0]).sign_(), [torch.lerp(M, R, 1 - betas[1])]
+    M = list(moments[0])
+    N = torch.stack(torch._foreach_lerp(M, list(R), 1 - betas[0])).sign_()
+    torch._foreach_lerp_(M, list(R), 1 - betas[1])
+    return N
 
 
-def _adafactor(
-    R: Tensor, moments: list[Tensor], betas: tuple[float, float], eps: float, total: Total
-) -> tuple[Tensor, list[Tensor]]:
-    """N = M / (sqrt(V) + eps), V_ij = row_i col_j / mean(col), where row and col follow the means of R^2 over a row
-    and over a column (arXiv 1804.04235, algorithm 2)."""
-    col, row, M = moments
-    sums = total(torch.cat([R, torch.ones_like(row)], dim=2)).square()  # the last one is the number of all rows
-    M = torch.lerp(M, R, 1 - betas[0])
-    row = torch.lerp(row, R.square().mean(2, keepdim=True), 1 - betas[1])
-    col = torch.lerp(col, sums[..., :-1] / sums[..., -1:], 1 - betas[1])
-    V = row * (col / col.mean(2, keepdim=True).clamp_(min=TINY))
-    return M / V.sqrt_().add_(eps), [col, row, M]
+def _adafactor(R: Tensor, moments: Moments, betas: tuple[float, float], eps: float, total: Total) -> Tensor:
+    """N = M / (sqrt(V) + eps), V_ij = row_i col_j / mean(col), where row follows the means of R^2 over its rows, and
+    col the sums over its columns (arXiv 1804.04235, algorithm 2)."""
+    col, row, M = map(list, moments)
+    squares = R.square()
+    torch._foreach_lerp_(M, list(R), 1 - betas[0])
+    torch._foreach_lerp_(row, list(squares.mean(2, keepdim=True)), 1 - betas[1])
+    torch._foreach_lerp_(col, list(total(squares.sum(1, keepdim=True).sqrt_()).square()), 1 - betas[1])
+    columns = torch.stack(col)
+    columns = columns / columns.mean(2, keepdim=True).clamp_(min=TINY)
+    roots = torch.stack(row).sqrt_() * columns.sqrt_()
+    return torch.stack(M).div_(roots.add_(eps))
 
 
 def residual_scale(N_norms: Tensor, R_norms: Tensor, scaling: str, total: Total = total_norms) -> Tensor:
@@ -300,4 +300,4 @@ def rotate_moments(base_optimizer: str, moments: Sequence[Tensor], C: Tensor, ra
         col, row = means
         before = col.mean().clamp_(min=TINY)
         col.copy_(col @ C.square())
-        row.mul_(col.mean() / before)  # the mean of both is that of R^2
+        row.mul_(col.mean() / before)  # V_ij = row_i col_j / mean(col)

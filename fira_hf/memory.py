@@ -177,6 +177,7 @@ def predict_memory(
     methods: Iterable[str],
     rank: int,
     target_modules: str | list[str] = ALL_LINEAR,
+    *,
     lora_rank: int | None = None,
     dtype: str = "bfloat16",
     state_dtype: str = "float32",

@@ -47,8 +47,9 @@ class FiraAdamW(torch.optim.Optimizer):
         rounded        int             steps that rounded at random, if any do
         basis          short x r       orthonormal columns
         exp_avg        long x r        first moment of G Q
-        exp_avg_sq     long x r        second moment of G Q; none for Lion, and for Adafactor in its place
-        exp_avg_sq_row, _col           means of it over rows and columns: long x 1, 1 x r
+        exp_avg_sq     long x r        second moment of G Q (base_optimizer="adamw")
+        exp_avg_sq_row long x 1        of its means over rows ("adafactor")
+        exp_avg_sq_col 1 x r           of its sums over columns ("adafactor")
         residual_norm  0-dim           norm of the last residual, as limited; infinite: none, or a negligible one
 
     The state of a stack, or of a matrix in parts, has one more dimension in front (the parts of a matrix one after
@@ -62,7 +63,8 @@ class FiraAdamW(torch.optim.Optimizer):
 
     Args:
         params: parameters, (name, parameter) pairs, or groups of either.
-        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. A projected weight decays after its update.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. A projected weight decays after its update. What betas
+            and eps mean there with another base optimizer: see `FiraConfig`.
 
     Raises:
         ValueError: a setting is unknown or not valid, a parameter is not of fp32, bf16 or fp16, or one of a projected
@@ -387,12 +389,9 @@ class FiraAdamW(torch.optim.Optimizer):
             ValueError: the checkpoint projects other weights than this optimizer, or with other settings.
         """
         check_checkpoint(state_dict, self.param_groups)
-        own = self.param_groups
         super().load_state_dict(state_dict)
-        for group, before in zip(self.param_groups, own, strict=True):
+        for group in self.param_groups:
             group["betas"] = tuple(group["betas"])
-            for name, value in before.items():  # settings that there were not yet when the checkpoint was made
-                group.setdefault(name, value)
         for index, p in pairs(state_dict, self.param_groups):
             for name, value in state_dict["state"].get(index, {}).items():
                 if isinstance(value, Tensor):

@@ -61,10 +61,10 @@ def fira_step(
         moments = {
             "exp_avg": moving("exp_avg", betas[0], R),
             "exp_avg_sq_row": moving("exp_avg_sq_row", betas[1], (R**2).mean(1, keepdim=True)),
-            "exp_avg_sq_col": moving("exp_avg_sq_col", betas[1], (R**2).mean(0, keepdim=True)),
+            "exp_avg_sq_col": moving("exp_avg_sq_col", betas[1], (R**2).sum(0, keepdim=True)),
         }
         rows, columns = moments["exp_avg_sq_row"], moments["exp_avg_sq_col"]
-        N = moments["exp_avg"] / ((rows @ columns / rows.mean()).sqrt() + eps)
+        N = moments["exp_avg"] / ((rows @ columns / columns.mean()).sqrt() + eps)
     else:
         moments = {"exp_avg": moving("exp_avg", betas[0], R), "exp_avg_sq": moving("exp_avg_sq", betas[1], R**2)}
         N = moments["exp_avg"] / (moments["exp_avg_sq"].sqrt() + eps)

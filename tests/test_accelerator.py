@@ -111,12 +111,13 @@ def test_ordinary_step_of_dense_groups_does_not_read():
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("base", ["adamw", "lion", "adafactor"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_same_path_as_on_the_cpu(shape, device):
+def test_same_path_as_on_the_cpu(shape, base, device):
     plain = weight(shape)
     start = plain.detach().clone()
     other = place(plain, device)
-    a, b = make(plain), make(other)
+    a, b = (make(p, base_optimizer=base) for p in (plain, other))
     a.track_statistics = b.track_statistics = True
     for t, gradient in enumerate(gradients(shape, 12)):
         step(a, plain, gradient)

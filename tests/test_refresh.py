@@ -165,18 +165,15 @@ def test_rotating_into_the_same_subspace_and_back_changes_the_first_moment_by_ro
 
 
 def test_adafactors_moments_follow_the_basis():
-    """V is carried over by the squares of C, as that of AdamW whose gradients have no mean; rows and columns go on
-    having the same mean, from which V is put together."""
+    """V is carried over by the squares of C, as that of AdamW whose gradients have no mean."""
     generator = torch.Generator().manual_seed(0)
     C = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q[:, :5] * 0.9  # some of the energy is lost
     M, row, col = (torch.rand(shape, generator=generator) for shape in ((60, 5 + 1), (60, 1), (1, 6)))
-    row *= col.mean() / row.mean()
     V, first = row @ col / col.mean(), M.clone()
     C = torch.nn.functional.pad(C, (0, 1))
     F.rotate_moments("adafactor", [col, row, M], C, torch.tensor(1.0))
     assert torch.allclose(M, first @ C)
     assert torch.allclose(row @ col / col.mean(), V @ C.square(), rtol=1e-5)
-    assert torch.allclose(row.mean(), col.mean())
 
 
 def test_an_aligned_basis_spans_the_new_subspace_and_lies_closest_to_the_old():

@@ -121,6 +121,8 @@ def test_searches_of_several_commands_make_one_table(tmp_path):
     assert reproduction.at_their_best(losses) == {"galore": [math.exp(3.5)], "adamw": [math.exp(6.0)]}
     with pytest.raises(ValueError, match=r"no search\*/search.json of fira-lion, lora"):
         reproduction.of_methods(losses, ["adamw", "fira-lion", "lora"], tmp_path)
+    with pytest.raises(ValueError, match="loss of apollo is not finite at any rate"):
+        reproduction.of_methods({"apollo": {}}, ["apollo"], tmp_path)
 
 
 def test_missing_results_are_named(tmp_path, capsys):

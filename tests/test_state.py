@@ -251,25 +251,6 @@ def test_only_a_setting_that_differs_is_logged(caplog):
     assert caplog.messages == ["betas=(0.5, 0.9) of the checkpoint replaces (0.9, 0.999)."]
 
 
-def test_a_checkpoint_from_before_a_setting_existed():
-    """It was made with what is now its default; under another value it is refused like any other checkpoint."""
-    params = parameters()
-    optimizer = make(params)
-    train(optimizer, params, 3)
-    saved = through_disk(optimizer)
-    for group in saved["param_groups"]:
-        group.pop("base_optimizer", None)
-    others = clones(params)
-    resumed = make(others)
-    resumed.load_state_dict(saved)
-    assert resumed.param_groups[0]["base_optimizer"] == "adamw"
-    train(optimizer, params, 3, first=3)
-    train(resumed, others, 3, first=3)
-    assert_equal(optimizer, params, resumed, others)
-    with pytest.raises(ValueError, match="made with base_optimizer='adamw'.*has base_optimizer='lion'"):
-        make(clones(params), base_optimizer="lion").load_state_dict(saved)
-
-
 def test_deepcopy():
     params = parameters()
     optimizer = make(params)

@@ -104,7 +104,7 @@ def searched(folder: Path) -> Losses:
 
 def at_their_best(losses: Losses) -> dict[str, list[float]]:
     """Perplexity of each method at the best of its learning rates."""
-    return {method: [math.exp(min(of_one.values()))] for method, of_one in losses.items() if of_one}
+    return {method: [math.exp(min(of_one.values()))] for method, of_one in losses.items()}
 
 
 def searches(losses: Losses) -> list[str]:
@@ -120,9 +120,12 @@ def searches(losses: Losses) -> list[str]:
 
 def of_methods(losses: Losses, methods: Iterable[str], folder: Path) -> Losses:
     """The losses of these methods alone, all of which must have been searched."""
-    missing = [method for method in methods if not losses.get(method)]
+    missing = [method for method in methods if method not in losses]
     if missing:
         raise ValueError(f"{folder} holds no search*/search.json of {', '.join(missing)}.")
+    diverged = [method for method in methods if not losses[method]]
+    if diverged:
+        raise ValueError(f"{folder}: the loss of {', '.join(diverged)} is not finite at any rate; search lower ones.")
     return {method: losses[method] for method in methods}
 
 
@@ -171,9 +174,11 @@ def tables(folder: Path) -> dict[str, list[str]]:
         if name == "ranks":
             searched_here = searched_rank(folder / "methods" / report.MERGED)
             of_ranks = of_methods(losses, list(ours), folder)
-            of_ranks |= {rank: losses[rank.partition("-")[0]] for rank in searched_here}
+            at_rank = {rank: rank.partition("-")[0] for rank in searched_here}
+            of_both = of_methods(losses, at_rank.values(), folder)
+            of_ranks |= {rank: of_both[method] for rank, method in at_rank.items()}
             found["rank-search"] = [
-                *searches(dict(sorted(of_ranks.items(), key=lambda one: (one[0][0], rank_of(one[0]))))),
+                *searches(dict(sorted(of_ranks.items(), key=lambda one: (one[0].partition("-")[0], rank_of(one[0]))))),
                 "",
                 f"At the best rate of each: {agreement(PUBLISHED[name], at_their_best(of_ranks))}",
             ]
