@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ def provenance(seed: int, command: list[str]) -> dict[str, Any]:
         "platform": platform.platform(),
         "seed": seed,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(os.path.relpath(word) if os.path.isabs(word) else word for word in command),
+        "command": shlex.join(os.path.relpath(word) if os.path.isabs(word) else word for word in command),
     }
 
 
