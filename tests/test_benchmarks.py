@@ -83,8 +83,6 @@ def test_every_optimizer_trains_the_matrices(name):
     if name in ("galore-torch", "apollo-torch"):
         pytest.importorskip("bitsandbytes", reason="galore_torch and apollo_torch import it")
         pytest.importorskip(name.replace("-", "_"), reason="a peer, installed for the benchmarks only")
-    if name == "pytorch-optimizer":
-        pytest.importorskip("pytorch_optimizer", reason="a peer, installed for the benchmarks only")
     weights = matrices(SIZES["tiny"], 1, torch.float32, "cpu")
     before = [p.detach().clone() for p in weights]
     optimizer = build(name, weights, 1e-3, 8, 10)
