@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from .functional import project
+from .functional import TINY, project
 from .subspace import EXACT, leading_eigenvectors, orthonormalize, random, random_sums, signs, transposed_product
 
 
@@ -142,7 +142,7 @@ class Shards:
         """The largest absolute value on any process, but not 0."""
         largest = (tensor.abs().amax() if tensor.numel() else tensor.new_zeros(())).float()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-        return largest.clamp_(min=torch.finfo(torch.float32).tiny)
+        return largest.clamp_(min=TINY)
 
 
 def _chunk(rows: int, count: int, rank: int) -> slice:

@@ -17,7 +17,7 @@ any tensor of the weight's size exists, and the whole update is one product of r
 
     W <- (1 - lr wd) (W - eta [(alpha N - s c k phi R) Q^T + s c phi G]),      eta = lr sqrt(1 - b2^t) / (1 - b1^t)
 
-N and eta are Adam's here; `direction` has those of other base optimizers.
+N and eta are Adam's; `direction` has the N of other base optimizers, and eta is lr for Lion.
 (s, k) = (1, alpha) is the published code, (alpha, 1) is the paper, the same at alpha = 1; (0, 1) leaves S out.
 """
 
@@ -37,7 +37,7 @@ EPS = 1e-8
 # known to about 1e-7 of the gradient's). As a reference for growth it would switch the residual off for a thousand
 # steps, so it does not count as history.
 NEGLIGIBLE = 1e-3
-TINY = torch.finfo(torch.float32).tiny
+TINY = torch.finfo(torch.float32).tiny  # divisors that may be zero are kept at or above it
 # Rows are taken in blocks of about this many elements, so that what is converted stays small and what is read twice
 # is still in the cache.
 BLOCK = 2**20
@@ -119,7 +119,7 @@ MOMENTS = {
     "lion": {"exp_avg": (True, True)},
     "adafactor": {"exp_avg_sq_col": (False, True), "exp_avg_sq_row": (True, False), "exp_avg": (True, True)},
 }
-Moments = Sequence[Sequence[Tensor]]  # for each name, that of each of B matrices
+Moments = list[list[Tensor]]  # for each name, that of each of B matrices
 
 
 def direction(
@@ -138,13 +138,13 @@ def direction(
     """
     if base_optimizer == "adamw":
         return _adam(R, moments, betas, eps, active)
-    before = [] if active is None else [torch.stack(list(of)) for of in moments]
+    before = [] if active is None else [torch.stack(of) for of in moments]
     N = _lion(R, moments, betas) if base_optimizer == "lion" else _adafactor(R, moments, betas, eps, total)
     if active is None:
         return N
     mask = active.view(-1, 1, 1)
     for of, old in zip(moments, before, strict=True):
-        torch._foreach_copy_(list(of), list(torch.where(mask, torch.stack(list(of)), old)))
+        torch._foreach_copy_(of, list(torch.where(mask, torch.stack(of), old)))
     return torch.where(mask, N, 0.0)
 
 
@@ -158,7 +158,7 @@ def _adam(R: Tensor, moments: Moments, betas: tuple[float, float], eps: float, a
     settings |= {"beta1": betas[0], "beta2": betas[1], "eps": eps}
     M, V = moments
     if active is None:
-        adam(list(N), list(R), list(M), list(V), [], [never] * len(R), **settings)
+        adam(list(N), list(R), M, V, [], [never] * len(R), **settings)
     else:
         for n, r, m, v, stop in zip(N, R, M, V, (~active).float(), strict=True):
             adam([n], [r], [m], [v], [], [never], found_inf=stop, **settings)
@@ -167,7 +167,7 @@ def _adam(R: Tensor, moments: Moments, betas: tuple[float, float], eps: float, a
 
 def _lion(R: Tensor, moments: Moments, betas: tuple[float, float]) -> Tensor:
     """N = sign(b1 M + (1 - b1) R), M <- b2 M + (1 - b2) R (arXiv 2302.06675, algorithm 2)."""
-    M = list(moments[0])
+    (M,) = moments
     N = torch.stack(torch._foreach_lerp(M, list(R), 1 - betas[0])).sign_()
     torch._foreach_lerp_(M, list(R), 1 - betas[1])
     return N
@@ -176,7 +176,7 @@ def _lion(R: Tensor, moments: Moments, betas: tuple[float, float]) -> Tensor:
 def _adafactor(R: Tensor, moments: Moments, betas: tuple[float, float], eps: float, total: Total) -> Tensor:
     """N = M / (sqrt(V) + eps), V_ij = row_i col_j / mean(col), where row follows the means of R^2 over its rows, and
     col the sums over its columns (arXiv 1804.04235, algorithm 2)."""
-    col, row, M = map(list, moments)
+    col, row, M = moments
     squares = R.square()
     torch._foreach_lerp_(M, list(R), 1 - betas[0])
     torch._foreach_lerp_(row, list(squares.mean(2, keepdim=True)), 1 - betas[1])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .functional import column_major, project, row_blocks, tall
+from .functional import TINY, column_major, project, row_blocks, tall
 
 # Up to this many columns the exact basis, from the Gram matrix, is cheaper than a power iteration.
 EXACT = 64
@@ -108,7 +108,7 @@ def _generator(device: torch.device, seed: int) -> torch.Generator:
 def _iterate(G: Tensor, Q: Tensor) -> Tensor:
     """G^T G Q up to a factor, (short, r) fp32; for a G of any size whose norm is finite in fp32."""
     P = project(G, Q, torch.empty(len(G), Q.shape[1], device=G.device))
-    P.div_(P.abs().amax().clamp_(min=torch.finfo(torch.float32).tiny))
+    P.div_(P.abs().amax().clamp_(min=TINY))
     return transposed_product(G, P)
 
 
@@ -129,9 +129,8 @@ def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor | None:
 
 def orthonormalize(Y: Tensor) -> Bases:
     """Orthonormal bases of the columns of Y, (B, short, r): CholeskyQR twice, or QR where that is not accurate."""
-    tiny = torch.finfo(torch.float32).tiny
-    Y = Y / Y.abs().amax(dim=(-2, -1), keepdim=True).clamp_(min=tiny)
-    Q = Y / torch.linalg.vector_norm(Y, dim=-2, keepdim=True).clamp_(min=tiny)
+    Y = Y / Y.abs().amax(dim=(-2, -1), keepdim=True).clamp_(min=TINY)
+    Q = Y / torch.linalg.vector_norm(Y, dim=-2, keepdim=True).clamp_(min=TINY)
     eye = torch.eye(Y.shape[-1], device=Y.device).expand(len(Y), -1, -1)
     for _ in range(2):
         # cholesky_ex does not raise: what it could not factorise shows in the test below. A product with the inverse

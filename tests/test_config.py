@@ -60,7 +60,7 @@ EVERY_FIELD_SET = {
     "projection": "power",
     "refresh": "staggered",
     "moments": "rotated",
-    "base_optimizer": "adamw",
+    "base_optimizer": "lion",
     "scaling": "matrix",
     "residual": "paper",
     "limiter": "growth",

@@ -51,6 +51,7 @@ def compare(shape, steps=13, **group):
         assert isinstance(actual["refresh_in"], int)
         assert {v.dtype for v in actual.values() if torch.is_tensor(v)} == {torch.float32}
         for name in ("basis", *(name for name in state if name.startswith("exp_avg"))):
+            assert actual[name].shape == state[name].shape, name
             assert relative(actual[name], state[name]) <= BUFFER, (t, name)
         if torch.isinf(state["residual_norm"]):
             assert torch.isinf(actual["residual_norm"]), t

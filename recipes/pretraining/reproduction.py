@@ -129,8 +129,10 @@ def of_methods(losses: Losses, methods: Iterable[str], folder: Path) -> Losses:
     return {method: losses[method] for method in methods}
 
 
-def rank_of(name: str) -> int:
-    return int(name.rpartition("-")[2])
+def method_and_rank(name: str) -> tuple[str, int]:
+    """ "fira-rank-4" -> ("fira", 4)."""
+    method, _, rank = name.split("-")
+    return method, int(rank)
 
 
 def searched_rank(source: Path) -> dict[str, list[float]]:
@@ -152,7 +154,9 @@ def plot_ranks(ours: dict[str, list[float]], at_best: dict[str, list[float]], pa
     best.sharey(here)
     for axis, found, title in zip((here, best, paper), (*means, PUBLISHED["ranks"]), titles, strict=True):
         for method in ("fira", "galore"):
-            points = sorted((rank_of(name), value) for name, value in found.items() if name.startswith(method))
+            points = sorted(
+                (method_and_rank(name)[1], value) for name, value in found.items() if name.startswith(method)
+            )
             colour, marker = STYLES[method]
             axis.plot(*zip(*points, strict=True), color=colour, marker=marker, label=method)
         axis.set(title=title, xlabel="rank", ylabel="validation perplexity", xscale="log")
@@ -163,28 +167,30 @@ def plot_ranks(ours: dict[str, list[float]], at_best: dict[str, list[float]], pa
     figure.savefig(path, dpi=150)
 
 
+def tables_of_ranks(folder: Path, losses: Losses) -> dict[str, list[str]]:
+    """Fira and GaLore by rank, at one learning rate and at the best of each; draws both."""
+    ours = perplexities(folder / "ranks" / report.MERGED)
+    at_methods_rank = searched_rank(folder / "methods" / report.MERGED)
+    rates = of_methods(losses, list(ours), folder)
+    for name in at_methods_rank:
+        method, _ = method_and_rank(name)
+        rates[name] = of_methods(losses, [method], folder)[method]
+    ours |= at_methods_rank
+    at_best = at_their_best(rates)
+    plot_ranks(ours, at_best, folder / "ranks.png")
+    ordered = {name: rates[name] for name in sorted(rates, key=method_and_rank)}
+    said = f"At the best rate of each: {agreement(PUBLISHED['ranks'], at_best)}"
+    return {"ranks": beside("ranks", ours), "rank-search": [*searches(ordered), "", said]}
+
+
 def tables(folder: Path) -> dict[str, list[str]]:
     """The lines of each table."""
     losses = searched(folder)
     methods = [name for name in RECIPE.methods if name in losses and "-rank-" not in name and name not in BASES[1:]]
     found = {"search": searches(of_methods(losses, methods, folder))}
     found["bases"] = searches(of_methods(losses, BASES, folder))
-    for name in PUBLISHED:
-        ours = perplexities(folder / name / report.MERGED)
-        if name == "ranks":
-            searched_here = searched_rank(folder / "methods" / report.MERGED)
-            of_ranks = of_methods(losses, list(ours), folder)
-            at_rank = {rank: rank.partition("-")[0] for rank in searched_here}
-            of_both = of_methods(losses, at_rank.values(), folder)
-            of_ranks |= {rank: of_both[method] for rank, method in at_rank.items()}
-            found["rank-search"] = [
-                *searches(dict(sorted(of_ranks.items(), key=lambda one: (one[0].partition("-")[0], rank_of(one[0]))))),
-                "",
-                f"At the best rate of each: {agreement(PUBLISHED[name], at_their_best(of_ranks))}",
-            ]
-            ours |= searched_here
-            plot_ranks(ours, at_their_best(of_ranks), folder / "ranks.png")
-        found[name] = beside(name, ours)
+    found |= {name: beside(name, perplexities(folder / name / report.MERGED)) for name in ("methods", "ablation")}
+    found |= tables_of_ranks(folder, losses)
     content = files.read_json(folder / "similarity" / "similarity.json")
     if content is None:
         raise ValueError(f"{folder} holds no similarity/similarity.json.")
