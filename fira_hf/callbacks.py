@@ -220,7 +220,7 @@ class AnalysisCallback(TrainerCallback):
         self._rows, self._targets = None, []
 
 
-@dataclass
+@dataclass(eq=False)  # arrays have no one truth value
 class Record:
     """What `AnalysisCallback` recorded of T steps of M matrices.
 

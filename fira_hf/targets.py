@@ -16,7 +16,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ FP32 = 4  # bytes
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|base_model\.model\.)+")
 
 
-@dataclass
+@dataclass(eq=False)  # as all below: a weight has no one truth value that a comparison could use
 class Target:
     """A weight that is projected: a matrix or several, each by itself. `rank` is cut to the short side of a matrix.
 
@@ -38,7 +38,7 @@ class Target:
     """
 
     name: str
-    parameter: nn.Parameter
+    parameter: nn.Parameter = field(repr=False)
     rank: int
     alpha: float
     state_itemsize: int = FP32
@@ -67,12 +67,12 @@ class Target:
         return self.matrices * (self.state_itemsize * (short * self.rank + moments) + 2 * FP32)
 
 
-@dataclass
+@dataclass(eq=False)
 class Skipped:
     """A trainable weight that is not projected, and why."""
 
     name: str
-    parameter: nn.Parameter
+    parameter: nn.Parameter = field(repr=False)
     reason: str
     state_itemsize: int = FP32
 
@@ -82,7 +82,7 @@ class Skipped:
         return self.state_itemsize * 2 * self.parameter.numel() + FP32
 
 
-@dataclass
+@dataclass(eq=False)
 class TargetPlan:
     """Every trainable weight of a model, once."""
 
@@ -100,7 +100,7 @@ def adamw_state_bytes(parameter: nn.Parameter) -> int:
     return 2 * parameter.numel() * parameter.element_size() + FP32
 
 
-@dataclass
+@dataclass(eq=False)
 class Layer:
     """The weight of a linear layer, or a parameter by itself.
 
@@ -111,7 +111,7 @@ class Layer:
 
     modules: tuple[str, ...]
     leaf: str
-    weight: nn.Parameter
+    weight: nn.Parameter = field(repr=False)
     is_linear: bool
     is_head: bool
     is_experts: bool
@@ -327,7 +327,7 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
         chosen.append(layer)
         used |= set(keys.items())
         tied = targets.setdefault(layer.weight, target)
-        if replace(tied, name=target.name) != target:
+        if any(getattr(tied, name) != getattr(target, name) for name in patterns):
             raise ValueError(
                 f"{tied.name} and {layer.name} share one weight, but rank_pattern, alpha_pattern or split_pattern "
                 f"gives them rank {tied.rank} and {target.rank}, alpha {tied.alpha} and {target.alpha}, "

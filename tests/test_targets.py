@@ -30,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import build_llama, build_mixtral
 from fira_hf import FiraConfig
-from fira_hf.targets import find_targets
+from fira_hf.targets import find_targets, weights
 
 
 def build_gpt2():
@@ -728,3 +728,14 @@ def test_excluding_everything_is_an_error():
 def test_layers_that_do_not_exist_are_an_error():
     with pytest.raises(ValueError, match="layers_to_transform"):
         find_targets(build_llama(), FiraConfig(target_modules=["q_proj"], layers_to_transform=[7]))
+
+
+def test_what_holds_a_weight_compares_without_looking_at_it():
+    # Since Python 3.13 the generated __eq__ compares field by field, and a weight has no one truth value.
+    first, second = (find_targets(build_llama(), FiraConfig(rank=4)) for _ in range(2))
+    assert first != second
+    for one, other in zip(first.projected + first.skipped, second.projected + second.skipped, strict=True):
+        assert one == one and one != other and other not in {one}
+        assert "tensor" not in repr(one)
+    layers = weights(build_llama())
+    assert layers[0] != weights(build_llama())[0] and layers.index(layers[1]) == 1
