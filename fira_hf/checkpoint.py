@@ -7,27 +7,57 @@ from typing import Any
 
 from torch import Tensor
 
-from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS
-from .functional import long_and_short, stacked
+from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, plain_name
+from .groups import OF_ADAMW, check_of_adamw, name_of
+from .state import state_misfit
 
 logger = logging.getLogger(__name__)
 
 
 def check_checkpoint(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> None:
-    """Raises ValueError if a state dict was made by an optimizer that projects other weights, or projects otherwise.
+    """Compares names without what wrappers add to them, settings, and the shapes of all tensors.
 
-    Adam's settings may differ, as everywhere in torch; a difference is logged as a warning.
+    Adam's settings may differ, as everywhere in torch; a difference is logged as a warning, but for betas that a
+    schedule cycles.
+
+    Raises:
+        ValueError: the state dict was made by an optimizer that projects other weights, or projects otherwise, or one
+            of its states is not whole or not that of its weight.
     """
+    missing = [name for name in ("state", "param_groups") if name not in state_dict]
+    if missing:
+        raise ValueError(
+            f"This is no state of an optimizer: it has no {' and no '.join(missing)}, only {sorted(state_dict)[:5]}."
+        )
     saved_groups = state_dict["param_groups"]
+    for group in saved_groups:
+        for name in OF_ADAMW.keys() & group.keys():
+            check_of_adamw(name, group[name], "The checkpoint")
+    _check_projections(saved_groups, param_groups)
+    if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in param_groups]:
+        return  # which torch refuses in its own words
+    groups = [group for group in param_groups for _ in group["params"]]
+    for (index, p), group in zip(pairs(state_dict, param_groups), groups, strict=True):
+        problem = state_misfit(p, state_dict["state"].get(index, {}), group, elsewhere=True)
+        if problem is not None:
+            raise ValueError(
+                f"The checkpoint cannot be loaded: {name_of(p, group)} of shape {tuple(p.shape)} {problem}. Resume "
+                "with the model that the checkpoint was made with."
+            )
+    _log_differences(saved_groups, param_groups)
+
+
+# torch compares no names, and goes by the order; so does this optimizer where the names are not there.
+RENAMED = (
+    " Where the weights only have new names, remove 'param_names' from the groups of the state dict before it is "
+    "loaded: then they are taken in their order."
+)
+
+
+def _check_projections(saved_groups: list[dict[str, Any]], param_groups: list[dict[str, Any]]) -> None:
+    """Raises ValueError unless both project the same weights, with the same settings and in the same order."""
     named = all("param_names" in group for group in [*saved_groups, *param_groups])
     saved, own = _projected(saved_groups, named), _projected(param_groups, named)
-    if named and saved.keys() == own.keys():
-        for old, new in zip(saved_groups, param_groups, strict=False):
-            if len(old["params"]) == len(new["params"]) and old["param_names"] != new["param_names"]:
-                raise ValueError(
-                    "The checkpoint has the same weights in another order or in other groups: build the optimizer "
-                    "as it was built for the checkpoint."
-                )
     sides = (("The checkpoint", "this optimizer", saved, own), ("This optimizer", "the checkpoint", own, saved))
     for one, other, names, known in sides:
         extra = sorted(names.keys() - known.keys())
@@ -36,6 +66,7 @@ def check_checkpoint(state_dict: dict[str, Any], param_groups: list[dict[str, An
             raise ValueError(
                 f"{one} projects {', '.join(extra[:3])}{more}, which {other} does not: resume with the same "
                 "target modules, or start a new run from the weights."
+                + (RENAMED if named and len(saved) == len(own) else "")
             )
     for name, settings in own.items():
         for setting, value in settings.items():
@@ -45,24 +76,34 @@ def check_checkpoint(state_dict: dict[str, Any], param_groups: list[dict[str, An
                     f"The checkpoint was made with {setting}={was!r} for {name}, this optimizer has "
                     f"{setting}={value!r}: resume with {setting}={was!r}, or start a new run from the weights."
                 )
-    groups = [group for group in param_groups for _ in group["params"]]
-    for (index, p), group in zip(pairs(state_dict, param_groups), groups, strict=False):
-        state = state_dict["state"].get(index, {})
-        expected, shape = tuple(p.shape), tuple(state.get("exp_avg", p).shape)
-        if "basis" in state:
-            expected = (*stacked(p, group["split"]), *long_and_short(p, group["split"], group["transposed"]))
-            shape = (*shape[:-1], state["basis"].shape[-2])
-        if shape != expected:
-            raise ValueError(
-                f"The checkpoint holds the state of a weight of another shape than this model's {tuple(p.shape)}: "
-                "resume with the model that it was made with."
-            )
-    for old, new in zip(saved_groups, param_groups, strict=False):
+    if not named:
+        return
+    order, own_order = ([n for group in groups for n in _names(group)] for groups in (saved_groups, param_groups))
+    if order != own_order and sorted(order) == sorted(own_order):
+        raise ValueError(
+            "The checkpoint has the same weights in another order or in other groups: build the optimizer as it was "
+            "built for the checkpoint."
+        )
+    for old, new in zip(order, own_order, strict=False):
+        if old != new:
+            raise ValueError(f"The checkpoint has {old} where this optimizer trains {new}.{RENAMED}")
+
+
+def _log_differences(saved_groups: list[dict[str, Any]], param_groups: list[dict[str, Any]]) -> None:
+    seen = set()
+    for old, new in zip(saved_groups, param_groups, strict=True):
         for setting in ("initial_lr", "betas", "eps", "weight_decay"):
+            if setting == "betas" and "max_momentum" in old:
+                continue  # OneCycleLR and CyclicLR set them anew at every step
             was, now = (group.get(setting) for group in (old, new))
             was = tuple(was) if isinstance(was, list) else was  # what was sent or written as JSON has no tuples
-            if setting in old and setting in new and was != now:
+            if setting in old and setting in new and was != now and (setting, was, now) not in seen:
+                seen.add((setting, was, now))
                 logger.warning("%s=%s of the checkpoint replaces %s.", setting, was, now)
+
+
+def _names(group: dict[str, Any]) -> list[str]:
+    return [plain_name(name) for name in group["param_names"]]
 
 
 def pairs(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> list[tuple[int, Tensor]]:
@@ -74,11 +115,11 @@ def pairs(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> lis
 
 def _projected(groups: list[dict[str, Any]], named: bool) -> dict[str, dict[str, Any]]:
     """Name (or position) of each projected parameter -> the settings of its projection."""
-    return {
-        group["param_names"][i] if named else f"parameter {i} of group {g}": {
-            name: group.get(name) for name in ("rank", *PROJECTED_DEFAULTS, *SHARED_DEFAULTS)
-        }
-        for g, group in enumerate(groups)
-        if "rank" in group
-        for i in range(len(group["params"]))
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for g, group in enumerate(groups):
+        if "rank" not in group:
+            continue
+        settings = {name: group.get(name) for name in ("rank", *PROJECTED_DEFAULTS, *SHARED_DEFAULTS)}
+        names = _names(group) if named else [f"parameter {i} of group {g}" for i in range(len(group["params"]))]
+        found |= dict.fromkeys(names, settings)
+    return found

@@ -20,6 +20,10 @@ LAYERWISE = "fira_layerwise"
 # rank, alpha and learning rate, is their method. (For the 7B model they publish an interval of 500.)
 PUBLISHED: dict[str, Any] = {"projection": "svd", "refresh": "together", "moments": "kept", "update_proj_gap": 200}
 
+# What torch.compile, FSDP1 and activation checkpointing put into names, and what DDP and PEFT put before them.
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+PREFIXES = re.compile(r"^(?:module\.|base_model\.model\.)+")
+
 Check = Callable[[Any], bool]
 
 
@@ -130,6 +134,11 @@ RULES: dict[str, tuple[Check, str]] = {
     "weight_decay": (_is_at_least_0, "a number of at least 0"),
     "dense_lr": (lambda v: v is None or _is_at_least_0(v), "a number of at least 0, or None for the same lr"),
 }
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter or module as it is in the model that others have wrapped."""
+    return PREFIXES.sub("", WRAPPERS.sub("", name))
 
 
 def check_setting(name: str, value: Any) -> None:

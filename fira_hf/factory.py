@@ -8,12 +8,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig
 from .optimizer import FiraAdamW
-from .targets import TargetPlan, adamw_state_bytes, find_targets
+from .targets import Skipped, TargetPlan, adamw_state_bytes, find_targets
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,8 @@ def build_optimizer(model: nn.Module, config: FiraConfig, params: Iterable[Any])
     """The optimizer for given groups (or one list) of trainable weights, each of them split into projected and not.
 
     Groups keep their own settings, such as weight decay. Projected groups come first, since schedulers and the Trainer
-    report the learning rate of the first group.
+    report the learning rate of the first group. Parameters that are not the model's, such as those of a loss, are
+    trained by AdamW.
     """
     groups = list(params)
     groups = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
@@ -66,13 +68,17 @@ def build_optimizer(model: nn.Module, config: FiraConfig, params: Iterable[Any])
     names = {p: name for name, p in model.named_parameters()}
     shared = {name: getattr(config, name) for name in SHARED_DEFAULTS}
     of_projected = {name: getattr(config, name) for name in PROJECTED_DEFAULTS if name not in OF_TARGET}
+    itemsize = getattr(torch, config.state_dtype).itemsize
     projected, dense = [], []
     for group in groups:
         split = defaultdict(list)
         if "lr" in group and config.dense_lr is not None:
             raise ValueError(f"dense_lr={config.dense_lr} and the lr={group['lr']} of a group exclude each other.")
         for entry in group["params"]:
-            p = entry[1] if isinstance(entry, tuple) else entry
+            name, p = entry if isinstance(entry, tuple) else (f"parameter {len(names)}", entry)
+            if p not in names:
+                names[p] = name
+                plan.skipped.append(Skipped(name, p, "not in the model", itemsize))
             target = targets.get(p)
             split[tuple(getattr(target, name) for name in OF_TARGET) if target else None].append((names[p], p))
         for key, params in split.items():

@@ -13,13 +13,23 @@ from torch.optim.adamw import adamw
 
 from . import functional as F
 from .checkpoint import check_checkpoint, pairs
-from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig, check_setting, check_update, unknown_name
-from .distributed import agree, local, sharded_like
+from .config import FiraConfig
+from .distributed import agree, local, sharded_like, shards_of
+from .groups import check_group, check_weight, name_of, name_parameters
 from .refresh import refresh
-from .state import Matrix, batches, create_state, first_states, matrices_of, refresh_in, rounding_generator
+from .state import (
+    Matrix,
+    batches,
+    create_state,
+    first_states,
+    gradient_misfit,
+    loaded_state,
+    matrices_of,
+    rounding_generator,
+    rounds_at_random,
+    state_misfit,
+)
 
-ADAM_SETTINGS = ("lr", "betas", "eps", "weight_decay")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATISTICS = ("limiter_active", "captured_energy", "residual_share")
 
 
@@ -44,7 +54,7 @@ class FiraAdamW(torch.optim.Optimizer):
         phase          int             the basis is due at updates `phase`, `phase` + `update_proj_gap`, ...
         refresh_in     int             calls of `step()` that can pass before the basis may be due (not in checkpoints)
         seed           int             of what is drawn at random
-        rounded        int             steps that rounded at random, if any do
+        rounded        int             steps that rounded at random
         basis          short x r       orthonormal columns
         exp_avg        long x r        first moment of G Q
         exp_avg_sq     long x r        second moment of G Q (base_optimizer="adamw")
@@ -53,13 +63,15 @@ class FiraAdamW(torch.optim.Optimizer):
         residual_norm  0-dim           norm of the last residual, as limited; infinite: none, or a negligible one
 
     The state of a stack, or of a matrix in parts, has one more dimension in front (the parts of a matrix one after
-    another), and lists of `phase` and `refresh_in`; `refresh_in` is None for a matrix that has had no gradient yet.
+    another), `phase` as an int64 tensor on the CPU, and `refresh_in` as a list, with None for a matrix that has had no
+    gradient yet.
 
     A weight of a group without `rank` has `step`, `seed`, `rounded`, and `exp_avg` and `exp_avg_sq` of its own shape.
 
     A gradient that is zero, or not finite (or so large that its square is not, in fp32), changes nothing of a
     projected weight and its state. A group without `rank` is passed over for a step in which one of its gradients is
-    not finite. Ordinary steps do not synchronise an accelerator with the host; one that may refresh a basis does.
+    not finite, by the same measure. Ordinary steps do not synchronise an accelerator with the host; one that may
+    refresh a basis does.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups of either.
@@ -96,49 +108,15 @@ class FiraAdamW(torch.optim.Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "process_group": None}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if any("param_names" in group for group in self.param_groups):
+            # torch wants names in all groups or in none. The factory gives them, whoever adds a group need not know.
+            name_parameters(param_group, first=sum(len(group["params"]) for group in self.param_groups))
         super().add_param_group(param_group)
         try:
-            self._check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        general = [*ADAM_SETTINGS, *SHARED_DEFAULTS]
-        own = {"params", "param_names", "initial_lr", *general}
-        valid = [*general, "rank", *PROJECTED_DEFAULTS]
-        for name in group.keys() - own:
-            if name not in valid:
-                raise ValueError(f"Parameter group: {unknown_name('setting', name, valid)}")
-            if "rank" not in group:
-                raise ValueError(f"Parameter group: {name}={group[name]!r} has no effect in a group without 'rank'.")
-        for name in valid if "rank" in group else general:
-            check_setting(name, group.setdefault(name, {**SHARED_DEFAULTS, **PROJECTED_DEFAULTS}.get(name)))
-        if "rank" in group:
-            check_update(*(group[name] for name in ("alpha", "residual", "limiter", "gamma")))
-        group["betas"] = tuple(group["betas"])
-        for index, parameter in enumerate(group["params"]):
-            name = group["param_names"][index] if "param_names" in group else f"parameter {index}"
-            if parameter.dtype not in DTYPES:
-                raise ValueError(
-                    f"Parameter group: {name} is of dtype {parameter.dtype}, but FiraAdamW trains only "
-                    f"{', '.join(map(str, DTYPES))}: convert the model."
-                )
-            if group["stochastic_rounding"] and parameter.dtype == torch.float16:
-                raise ValueError(
-                    f"Parameter group: stochastic_rounding=True is for bf16 weights, but {name} is of fp16: convert "
-                    "the model to bf16, or leave it out."
-                )
-            if "rank" in group and parameter.ndim not in (2, 3):
-                raise ValueError(
-                    f"Parameter group: {name} of shape {tuple(parameter.shape)} cannot be projected, only matrices "
-                    "and stacks of them (3-D) can: put it into a group without 'rank'."
-                )
-            if "rank" in group and parameter.shape[-1 if group["transposed"] else -2] % group["split"]:
-                raise ValueError(
-                    f"Parameter group: split={group['split']} does not divide the output dimension of {name}, of "
-                    f"shape {tuple(parameter.shape)}: only equal parts can be projected by themselves."
-                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -147,14 +125,45 @@ class FiraAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        for group, parameters in work:
+            self.check_step(group, parameters)
         is_rehearsal = self._is_rehearsal()
         first: dict[Any, dict[str, Any]] | None = None
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
+        for group, parameters in work:
             if first is None and any(not self.state.get(p) for p in parameters):
                 first = first_states(self.param_groups)
             self._step_parameters(group, parameters, first, is_rehearsal)
         return loss
+
+    def check_step(self, group: dict[str, Any], parameters: list[Any]) -> None:
+        """Whether these parameters of a group, each with a gradient, can be stepped. Reads no data, writes nothing.
+
+        torch's kernels do not look at shapes: what does not fit would be written past its end.
+
+        Raises:
+            RuntimeError: a gradient is sparse, or of another shape, dtype or device than its weight, or the state is,
+                or the weight is sharded in a way that cannot be projected.
+            ValueError: the group cannot train the weight, whose dtype or shape has changed.
+        """
+        for p in parameters:
+            if p.grad.is_sparse:
+                raise RuntimeError("FiraAdamW does not take sparse gradients: use sparse=False in the embedding.")
+            if "rank" in group and p.ndim not in (2, 3):
+                raise RuntimeError(
+                    "FiraAdamW cannot project flattened weights (FSDP1, DeepSpeed): use DDP or fully_shard."
+                )
+            check_weight(p, group)
+            problem = gradient_misfit(p) or state_misfit(p, self.state.get(p, {}), group)
+            if problem is not None:
+                raise RuntimeError(
+                    f"{name_of(p, group)} of shape {tuple(p.shape)} {problem}. Nothing was changed in this step. "
+                    "Change weights before the optimizer is made, or make a new one, and clear the gradients."
+                )
+            if "rank" in group and shards_of(p, group["split"], group["transposed"]) and group["projection"] == "svd":
+                raise RuntimeError(
+                    'projection="svd" needs whole gradients, and FSDP shards them: set projection="power".'
+                )
 
     def _step_parameters(
         self,
@@ -163,14 +172,7 @@ class FiraAdamW(torch.optim.Optimizer):
         first: dict[Any, dict[str, Any]] | None,
         is_rehearsal: bool = False,
     ) -> None:
-        """One step of some parameters of a group, each of which has a gradient; `first` where one has no state yet."""
-        for p in parameters:
-            if p.grad.is_sparse:
-                raise RuntimeError("FiraAdamW does not take sparse gradients: use sparse=False in the embedding.")
-            if "rank" in group and p.ndim not in (2, 3):
-                raise RuntimeError(
-                    "FiraAdamW cannot project flattened weights (FSDP1, DeepSpeed): use DDP or fully_shard."
-                )
+        """One step of parameters of a group that `check_step` has passed; `first` where one has no state yet."""
         if not parameters:
             return
         if first is not None:
@@ -178,7 +180,7 @@ class FiraAdamW(torch.optim.Optimizer):
         if is_rehearsal:
             return
         for p in parameters:
-            if "rounded" in self.state.get(p, ()):
+            if self.state.get(p) and rounds_at_random(p, group):
                 self.state[p]["rounded"] += 1
         # Under autocast the products would be taken in half precision.
         with torch.autocast(parameters[0].device.type, enabled=False):
@@ -286,7 +288,7 @@ class FiraAdamW(torch.optim.Optimizer):
     def _step_dense(self, parameters: list[Any], group: dict[str, Any], first: dict[Any, dict[str, Any]]) -> None:
         """torch's fused AdamW, which leaves everything as it is on the device where `found_inf` is 1."""
         norms = torch._foreach_norm([local(p.grad) for p in parameters], 2.0, torch.float32)
-        device = parameters[0].device
+        device = norms[0].device
         finite = agree(torch.isfinite(torch.stack([norm.to(device) for norm in norms])).all(), parameters)
         settings: dict[str, Any] = {
             "fused": True,
@@ -338,7 +340,7 @@ class FiraAdamW(torch.optim.Optimizer):
     def _create_dense(self, p: Any, group: dict[str, Any], first: dict[str, Any]) -> None:
         zeros = torch.zeros_like(local(p.detach()), dtype=getattr(torch, group["state_dtype"]))
         moments = {name: sharded_like(p, zeros.clone(), p.shape) for name in F.MOMENTS["adamw"]}
-        self.state[p] = {"step": torch.zeros((), device=p.device), **moments, **first}
+        self.state[p] = {"step": torch.zeros((), device=zeros.device), **moments, **first}
 
     def _add_statistics(
         self, G_norm: Tensor, R_norm: Tensor, low_norm: Tensor, residual: Tensor, c: Tensor, active: Tensor | None
@@ -368,34 +370,56 @@ class FiraAdamW(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch's optimizers give it, but for `refresh_in`, and with copies of the bases."""
-        state_dict = super().state_dict()
-        # torch.distributed sends a tensor as it lies in memory, and a basis lies there column by column.
-        state_dict["state"] = {
-            index: {
-                name: value.contiguous() if name == "basis" else value
-                for name, value in state.items()
-                if name != "refresh_in"
-            }
-            for index, state in state_dict["state"].items()
-        }
-        return state_dict
+        # Hooks that others have registered come after this one, and see what is saved.
+        hook = self.register_state_dict_post_hook(_as_saved, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state as saved, in the dtype in which it was saved (torch would cast it to that of the weight).
 
-        As everywhere in torch, lr, betas, eps and weight_decay come from the checkpoint.
+        As everywhere in torch, lr, betas, eps and weight_decay come from the checkpoint. Hooks that others have
+        registered may change it before, or the state after, as with torch's own optimizers.
 
         Raises:
-            ValueError: the checkpoint projects other weights than this optimizer, or with other settings.
+            ValueError: the checkpoint projects other weights than this optimizer, or with other settings, or a state
+                in it is not complete or not that of its weight.
         """
-        check_checkpoint(state_dict, self.param_groups)
-        super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            group["betas"] = tuple(group["betas"])
-        for index, p in pairs(state_dict, self.param_groups):
-            for name, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor):
-                    copy = F.column_major if name == "basis" else torch.clone
-                    self.state[p][name] = copy(value.to(p.device))
-            if "basis" in self.state.get(p, ()):
-                self.state[p]["refresh_in"] = refresh_in(p, self.state[p]["step"])
+        loaded: dict[str, Any] = {}
+        own = [dict(group) for group in self.param_groups]
+
+        def check(_: Any, final: dict[str, Any]) -> None:
+            check_checkpoint(final, self.param_groups)
+            loaded.update(final)
+
+        def restore(_: Any) -> None:
+            for group, before in zip(self.param_groups, own, strict=True):
+                for name, value in before.items():
+                    group.setdefault(name, value)  # an older version, or AdamW, may not have saved it
+                group["betas"] = tuple(group["betas"])
+            first = first_states(self.param_groups)
+            for index, p in pairs(loaded, self.param_groups):
+                if saved := loaded["state"].get(index):
+                    self.state[p] = loaded_state(p, {**first[p], **saved})
+
+        # The last hook before and the first one after, around what torch does.
+        hooks = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _as_saved(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def saved(state: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in state.items() if name != "refresh_in"}
+        # torch.distributed sends a tensor as it lies in memory, and a basis lies there column by column.
+        return kept | ({"basis": kept["basis"].contiguous()} if "basis" in kept else {})
+
+    return {**state_dict, "state": {index: saved(state) for index, state in state_dict["state"].items()}}

@@ -32,8 +32,6 @@ def refresh(
     sharded = {matrix: matrix.shards for matrix in due if matrix.shards is not None}
     for matrix, shards in sharded.items():
         method, wait, seed = due.pop(matrix)
-        if method == "svd":
-            raise RuntimeError('projection="svd" needs whole gradients, and FSDP shards them: set projection="power".')
         previous = matrix["basis"].float() if matrix.begun else None
         G = matrix.tall(matrix.grad)
         _take(matrix, shards.find_basis(G, matrix.shape, rank, method, previous, seed), wait, group)
@@ -77,7 +75,7 @@ def _due(
         if not matrix.state:
             matrix.state.update(first_states[matrix.parameter])
         done = int(matrix["step"].item()) if matrix.begun else 0
-        wait = (matrix["phase"] - done) % gap or gap
+        wait = (int(matrix["phase"]) - done) % gap or gap
         seed = seed_of(matrix.state, matrix.place, done)
         if not matrix.begun:
             # All need their first basis at once: where refreshes are staggered, it has to be a cheap one.

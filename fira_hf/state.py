@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from . import functional as F
 from .distributed import Shards, local, own_of_stack, sharded_like, shards_of
@@ -30,7 +32,7 @@ def first_states(param_groups: list[dict[str, Any]]) -> dict[Any, dict[str, Any]
     before = 0
     for group in param_groups:
         for p in group["params"]:
-            first[p] = {"seed": len(first)} | ({"rounded": 0} if rounds_at_random(p, group) else {})
+            first[p] = {"seed": len(first), "rounded": 0}
             if "rank" not in group:
                 continue
             phases = []
@@ -41,7 +43,7 @@ def first_states(param_groups: list[dict[str, Any]]) -> dict[Any, dict[str, Any]
                 if group["refresh"] == "staggered":
                     phases[-1] = 1 + group["update_proj_gap"] * before // total
                     before += p.numel() // count * group["rank"]
-            first[p]["phase"] = phases if stack else phases[0]
+            first[p]["phase"] = torch.tensor(phases) if stack else phases[0]
     return first
 
 
@@ -69,7 +71,20 @@ def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> dict[s
     return state
 
 
-def refresh_in(p: Tensor, step: Tensor) -> Any:
+def loaded_state(p: Any, saved: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a saved state on the weight's device, in the dtypes in which it was saved."""
+    device, state = local(p.data).device, {}
+    for name, value in saved.items():
+        if isinstance(value, Tensor):
+            copy = F.column_major if name == "basis" else torch.clone
+            value = copy(value.to("cpu" if name == "phase" else device))
+        state[name] = value
+    if "basis" in state:
+        state["refresh_in"] = _refresh_in(p, state["step"])
+    return state
+
+
+def _refresh_in(p: Tensor, step: Tensor) -> Any:
     """`refresh_in` of a loaded state: the next call looks whether a basis is due. Who has a basis has made a step."""
     begun = [0 if count else None for count in local(step).flatten().tolist()]
     if step.ndim == 0:
@@ -77,6 +92,68 @@ def refresh_in(p: Tensor, step: Tensor) -> Any:
     split = len(step) // len(p) if p.ndim == 3 else len(step)
     own = own_of_stack(p) if p.ndim == 3 else range(1)
     return [None] * (own.start * split) + begun + [None] * (len(step) - own.stop * split)
+
+
+@functools.cache
+def _shapes(
+    shape: torch.Size, rank: int | None, split: int, transposed: bool, base: str
+) -> dict[str, tuple[int, ...]]:
+    """The tensors in the state of a weight of this shape -> their shapes; `rank` is None where it is not projected."""
+    if rank is None:
+        return {**dict.fromkeys(F.MOMENTS["adamw"], tuple(shape)), "step": ()}
+    weight = torch.empty(shape, device="meta")
+    stack, (long, short) = F.stacked(weight, split), F.long_and_short(weight, split, transposed)
+    r = min(rank, short)
+    moments = {k: (*stack, long if rows else 1, r if cols else 1) for k, (rows, cols) in F.MOMENTS[base].items()}
+    return {**moments, "basis": (*stack, short, r), "residual_norm": stack, "step": stack}
+
+
+def gradient_misfit(p: Any) -> str | None:
+    """What keeps a weight's gradient from being used, as the end of a sentence; None: nothing. Reads no data."""
+    data, grad = local(p.data), local(p.grad)
+    if data.device.type == "meta":
+        return "has no data, it is on the meta device"
+    if p.grad.shape != p.shape or grad.shape != data.shape:
+        return f"has a gradient of another shape, {tuple(p.grad.shape)}"
+    if grad.device != data.device or grad.layout != torch.strided or not grad.dtype.is_floating_point:
+        kind = f"{grad.dtype}, {grad.layout}, on {grad.device}"
+        return f"is on {data.device} and has a gradient of another kind ({kind})"
+    return None
+
+
+def state_misfit(p: Any, state: Mapping[str, Any], group: Mapping[str, Any], elsewhere: bool = False) -> str | None:
+    """What keeps the state of a weight from being used, as the end of a sentence; None: nothing. Reads no data.
+
+    `elsewhere`: the state is a saved one, which is on any device.
+    """
+    if not state:
+        return None
+    if "rank" in group:
+        if "basis" in state and "refresh_in" not in state and not elsewhere:
+            return (
+                "has a state that was loaded past load_state_dict (with ZeroRedundancyOptimizer, let each process "
+                "save optimizer.optim.state_dict() and load it by optimizer.optim.load_state_dict())"
+            )
+        shapes = _shapes(p.shape, group["rank"], group["split"], group["transposed"], group["base_optimizer"])
+    else:
+        shapes = _shapes(p.shape, None, 1, False, "adamw")
+    device = local(p.data).device
+    for name, shape in shapes.items():
+        value = state.get(name)
+        if not isinstance(value, Tensor):
+            return f"has an optimizer state without {name}"
+        if value.shape != shape:
+            kept = f"{name} is {tuple(value.shape)}, not {tuple(shape)}"
+            return f"has the optimizer state of a weight of another shape ({kept})"
+        if not elsewhere and local(value).device != device:
+            return (
+                f"is on {device}, but {name} of its optimizer state on {local(value).device} (which moves by "
+                "optimizer.load_state_dict(optimizer.state_dict()))"
+            )
+    if isinstance(p, DTensor) != isinstance(state["exp_avg"], DTensor):
+        one, other = ("is", "is not") if isinstance(p, DTensor) else ("is not", "is")
+        return f"{one} sharded, but its optimizer state {other}"
+    return None
 
 
 class Matrix:
@@ -121,8 +198,8 @@ class Matrix:
 
     def __getitem__(self, name: str) -> Any:
         value = self.state[name]
-        if isinstance(value, list):
-            return value[self.place]
+        if name in ("phase", "refresh_in"):
+            return value if self.index is None else value[self.place]
         value = local(value)
         return value if self.index is None else value[self.index]
 
@@ -136,12 +213,6 @@ class Matrix:
 def matrices_of(p: Any, states: Mapping[Any, dict[str, Any]], group: dict[str, Any]) -> list[Matrix]:
     """The matrices of a parameter, all with its one state, which is empty before the first of them begins."""
     state, split, transposed = states.get(p, {}), group["split"], group["transposed"]
-    if "basis" in state and "refresh_in" not in state:
-        # As ZeroRedundancyOptimizer.load_state_dict does it, unchecked, and with the scalars on the CPU.
-        raise RuntimeError(
-            "The state of FiraAdamW was loaded past its load_state_dict. With ZeroRedundancyOptimizer, let each "
-            "process save optimizer.optim.state_dict() and load it by optimizer.optim.load_state_dict()."
-        )
     shards = shards_of(p, split, transposed)
     weight, grad = local(p.detach()), local(p.grad)
     if shards is not None:

@@ -25,7 +25,7 @@ from torch import nn
 from .config import ALL_LINEAR, FiraConfig
 from .functional import MOMENTS, long_and_short, stacked
 
-FP32 = 4  # bytes
+FP32, INT64 = 4, 8  # bytes
 # What DDP, torch.compile and PEFT put before every name.
 WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|base_model\.model\.)+")
 
@@ -60,11 +60,12 @@ class Target:
 
     @property
     def state_bytes(self) -> int:
-        """For each matrix basis and moments, and the fp32 scalars `step` and `residual_norm`."""
+        """For each matrix basis and moments, the fp32 scalars `step` and `residual_norm`, and `phase` of a stack."""
         long, short = self._long_and_short
         of_moments = MOMENTS[self.base_optimizer].values()
         moments = sum((long if rows else 1) * (self.rank if columns else 1) for rows, columns in of_moments)
-        return self.matrices * (self.state_itemsize * (short * self.rank + moments) + 2 * FP32)
+        phase = INT64 if stacked(self.parameter, self.split) else 0
+        return self.matrices * (self.state_itemsize * (short * self.rank + moments) + 2 * FP32 + phase)
 
 
 @dataclass(eq=False)

@@ -108,6 +108,7 @@ def test_the_shapes_of_the_state():
     shapes = {name: tuple(v.shape) for name, v in optimizer.state[stack].items() if torch.is_tensor(v)}
     assert shapes == {
         "step": (EXPERTS,),
+        "phase": (EXPERTS,),
         "residual_norm": (EXPERTS,),
         "basis": (EXPERTS, short, rank),
         "exp_avg": (EXPERTS, long, rank),

@@ -1,0 +1,105 @@
+"""What a parameter group may hold, and which weights: asked when the group comes, and of its weights at every step."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, check_setting, check_update, unknown_name
+
+ADAM_SETTINGS = ("lr", "betas", "eps", "weight_decay")
+GENERAL = (*ADAM_SETTINGS, *SHARED_DEFAULTS)
+VALID = (*GENERAL, "rank", *PROJECTED_DEFAULTS)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# What torch itself and its schedulers write into groups.
+OF_TORCH = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
+# Further settings of torch's AdamW, which FiraAdamW has not. At these values they mean nothing; torch, or code that is
+# written for AdamW, may have put them into a group.
+OF_ADAMW = {k: v for k, v in torch.optim.AdamW([torch.zeros(1)]).defaults.items() if k not in ADAM_SETTINGS}
+# Settings of galore_torch, apollo_torch and fira that have another name here, or none.
+OF_PEERS = {"scale": "alpha", "proj_type": None, "proj": None, "scale_type": None}
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Fills in the defaults of a group.
+
+    Raises:
+        ValueError: a setting is unknown, not valid or without effect, or a weight is none for this group. A key that
+            resembles no setting may be another library's, and stays.
+    """
+    for name in sorted(group.keys() - OF_TORCH):
+        if name not in VALID:
+            _check_unknown(name, group[name])
+        elif "rank" not in group and name not in GENERAL:
+            raise ValueError(f"Parameter group: {name}={group[name]!r} has no effect in a group without 'rank'.")
+    for name in VALID if "rank" in group else GENERAL:
+        check_setting(name, group.setdefault(name, {**SHARED_DEFAULTS, **PROJECTED_DEFAULTS}.get(name)))
+    if "rank" in group:
+        check_update(*(group[name] for name in ("alpha", "residual", "limiter", "gamma")))
+    group["betas"] = tuple(group["betas"])
+    for p in group["params"]:
+        check_weight(p, group)
+
+
+def _check_unknown(name: str, value: Any) -> None:
+    if name in OF_ADAMW:
+        check_of_adamw(name, value, "Parameter group")
+    elif OF_PEERS.get(name) is not None:
+        raise ValueError(f"Parameter group: Unknown setting {name!r}. It is called {OF_PEERS[name]!r} here.")
+    elif name in OF_PEERS or difflib.get_close_matches(name, VALID, n=1):
+        raise ValueError(f"Parameter group: {unknown_name('setting', name, list(VALID))}")
+
+
+def check_of_adamw(name: str, value: Any, where: str) -> None:
+    """Raises ValueError if a setting that only torch's AdamW has asks for something."""
+    default = OF_ADAMW[name]
+    if value != default and not (default is None and value is False):
+        raise ValueError(
+            f"{where}: {name}={value!r} is a setting of torch's AdamW that FiraAdamW has not: leave it out."
+        )
+
+
+def check_weight(p: Tensor, group: dict[str, Any]) -> None:
+    """Raises ValueError if this group cannot train the weight as it is now."""
+    if p.dtype not in DTYPES:
+        raise ValueError(
+            f"Parameter group: {name_of(p, group)} is of dtype {p.dtype}, but FiraAdamW trains only "
+            f"{', '.join(map(str, DTYPES))}: convert the model."
+        )
+    if group["stochastic_rounding"] and p.dtype == torch.float16:
+        raise ValueError(
+            f"Parameter group: stochastic_rounding=True is for bf16 weights, but {name_of(p, group)} is of fp16: "
+            "convert the model to bf16, or leave it out."
+        )
+    if "rank" not in group:
+        return
+    if p.ndim not in (2, 3):
+        raise ValueError(
+            f"Parameter group: {name_of(p, group)} of shape {tuple(p.shape)} cannot be projected, only matrices and "
+            "stacks of them (3-D) can: put it into a group without 'rank'."
+        )
+    if p.shape[-1 if group["transposed"] else -2] % group["split"]:
+        raise ValueError(
+            f"Parameter group: split={group['split']} does not divide the output dimension of {name_of(p, group)}, of "
+            f"shape {tuple(p.shape)}: only equal parts can be projected by themselves."
+        )
+
+
+def name_of(p: Tensor, group: dict[str, Any]) -> str:
+    """What to call a weight of the group in an error."""
+    index = next(i for i, other in enumerate(group["params"]) if other is p)
+    return group["param_names"][index] if "param_names" in group else f"parameter {index} of its group"
+
+
+def name_parameters(group: dict[str, Any], first: int) -> None:
+    """Gives the parameters of a group names, where they have none, by their places among all, from `first` on."""
+    params = group["params"]
+    if "param_names" in group or isinstance(params, set):  # which torch refuses
+        return
+    params = [params] if isinstance(params, Tensor) else list(params)
+    named = enumerate(params, first)
+    group["params"] = [p if isinstance(p, tuple) else (f"parameter {i}", p) for i, p in named]
