@@ -21,7 +21,7 @@ LAYERWISE = "fira_layerwise"
 PUBLISHED: dict[str, Any] = {"projection": "svd", "refresh": "together", "moments": "kept", "update_proj_gap": 200}
 
 # What torch.compile, FSDP1 and activation checkpointing put into names, and what DDP and PEFT put before them.
-WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+WRAPPERS = re.compile(r"(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
 PREFIXES = re.compile(r"^(?:module\.|base_model\.model\.)+")
 
 Check = Callable[[Any], bool]
@@ -138,7 +138,7 @@ RULES: dict[str, tuple[Check, str]] = {
 
 def plain_name(name: str) -> str:
     """The name of a parameter or module as it is in the model that others have wrapped."""
-    return PREFIXES.sub("", WRAPPERS.sub("", name))
+    return PREFIXES.sub("", WRAPPERS.sub("", name).lstrip("."))
 
 
 def check_setting(name: str, value: Any) -> None:

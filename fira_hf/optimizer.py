@@ -63,8 +63,8 @@ class FiraAdamW(torch.optim.Optimizer):
         residual_norm  0-dim           norm of the last residual, as limited; infinite: none, or a negligible one
 
     The state of a stack, or of a matrix in parts, has one more dimension in front (the parts of a matrix one after
-    another), `phase` as an int64 tensor on the CPU, and `refresh_in` as a list, with None for a matrix that has had no
-    gradient yet.
+    another), and a list of `refresh_in`, with None for a matrix that has had no gradient yet. `phase` is that of the
+    first of them; where refreshes are staggered, those of the others are spread evenly over the interval.
 
     A weight of a group without `rank` has `step`, `seed`, `rounded`, and `exp_avg` and `exp_avg_sq` of its own shape.
 

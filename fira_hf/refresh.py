@@ -75,7 +75,7 @@ def _due(
         if not matrix.state:
             matrix.state.update(first_states[matrix.parameter])
         done = int(matrix["step"].item()) if matrix.begun else 0
-        wait = (int(matrix["phase"]) - done) % gap or gap
+        wait = (matrix.phase(group) - done) % gap or gap
         seed = seed_of(matrix.state, matrix.place, done)
         if not matrix.begun:
             # All need their first basis at once: where refreshes are staggered, it has to be a cheap one.

@@ -35,15 +35,10 @@ def first_states(param_groups: list[dict[str, Any]]) -> dict[Any, dict[str, Any]
             first[p] = {"seed": len(first), "rounded": 0}
             if "rank" not in group:
                 continue
-            phases = []
-            stack = F.stacked(p, group["split"])
-            count = stack[0] if stack else 1
-            for _ in range(count):
-                phases.append(0)
-                if group["refresh"] == "staggered":
-                    phases[-1] = 1 + group["update_proj_gap"] * before // total
-                    before += p.numel() // count * group["rank"]
-            first[p]["phase"] = torch.tensor(phases) if stack else phases[0]
+            first[p]["phase"] = 0
+            if group["refresh"] == "staggered":
+                first[p]["phase"] = 1 + group["update_proj_gap"] * before // total
+                before += p.numel() * group["rank"]
     return first
 
 
@@ -77,10 +72,10 @@ def loaded_state(p: Any, saved: dict[str, Any]) -> dict[str, Any]:
     for name, value in saved.items():
         if isinstance(value, Tensor):
             copy = F.column_major if name == "basis" else torch.clone
-            value = copy(value.to("cpu" if name == "phase" else device))
+            value = copy(value.to(device))
         state[name] = value
     if "basis" in state:
-        state["refresh_in"] = _refresh_in(p, state["step"])
+        state["refresh_in"] = _refresh_in(p, saved["step"])
     return state
 
 
@@ -184,6 +179,14 @@ class Matrix:
         is_tall = self.shards.is_tall if self.shards else self.shape[0] >= self.shape[1]
         return tensor if is_tall else tensor.t()
 
+    def phase(self, group: dict[str, Any]) -> int:
+        """At which update, modulo the interval, the basis is due."""
+        first: int = self.state["phase"]
+        if self.index is None or group["refresh"] != "staggered":
+            return first
+        (count,) = F.stacked(self.parameter, group["split"])
+        return first + group["update_proj_gap"] * self.place // count
+
     @property
     def begun(self) -> bool:
         """Whether it has a basis."""
@@ -198,8 +201,8 @@ class Matrix:
 
     def __getitem__(self, name: str) -> Any:
         value = self.state[name]
-        if name in ("phase", "refresh_in"):
-            return value if self.index is None else value[self.place]
+        if isinstance(value, list):
+            return value[self.place]
         value = local(value)
         return value if self.index is None else value[self.index]
 

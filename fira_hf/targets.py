@@ -22,12 +22,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import ALL_LINEAR, FiraConfig
+from .config import ALL_LINEAR, FiraConfig, plain_name
 from .functional import MOMENTS, long_and_short, stacked
 
-FP32, INT64 = 4, 8  # bytes
-# What DDP, torch.compile and PEFT put before every name.
-WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.|base_model\.model\.)+")
+FP32 = 4  # bytes
 
 
 @dataclass(eq=False)  # as all below: a weight has no one truth value that a comparison could use
@@ -60,12 +58,11 @@ class Target:
 
     @property
     def state_bytes(self) -> int:
-        """For each matrix basis and moments, the fp32 scalars `step` and `residual_norm`, and `phase` of a stack."""
+        """For each matrix basis and moments, and the fp32 scalars `step` and `residual_norm`."""
         long, short = self._long_and_short
         of_moments = MOMENTS[self.base_optimizer].values()
         moments = sum((long if rows else 1) * (self.rank if columns else 1) for rows, columns in of_moments)
-        phase = INT64 if stacked(self.parameter, self.split) else 0
-        return self.matrices * (self.state_itemsize * (short * self.rank + moments) + 2 * FP32 + phase)
+        return self.matrices * (self.state_itemsize * (short * self.rank + moments) + 2 * FP32)
 
 
 @dataclass(eq=False)
@@ -178,12 +175,12 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 def _aliases(name: str, adapted: list[str]) -> Iterator[str]:
     yield name
-    yield WRAPPERS.sub("", name)
+    yield plain_name(name)
     for owner in adapted:
         if name.startswith(f"{owner}."):
             inner = name[len(owner) + 1 :].split(".")[0]  # lora_A, lora_B, base_layer, modules_to_save
-            yield WRAPPERS.sub("", f"{owner}.{inner}")
-            yield WRAPPERS.sub("", owner)
+            yield plain_name(f"{owner}.{inner}")
+            yield plain_name(owner)
 
 
 def matches(target: str | list[str], name: str) -> bool:
