@@ -259,4 +259,4 @@ def rounding_generator(
     what is rounded within a step."""
     if not rounds_at_random(p, group):
         return None
-    return torch.Generator(p.device).manual_seed(seed_of(state, place, state["rounded"], use))
+    return torch.Generator(local(p.data).device).manual_seed(seed_of(state, place, state["rounded"], use))

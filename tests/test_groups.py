@@ -1,11 +1,15 @@
 """Parameter groups: what is refused and by which words; schedules and loss scaling, which act on groups."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 
 from fira_hf import FiraAdamW, FiraConfig
+from fira_hf.callbacks import state_bytes
+from fira_hf.factory import build_optimizer
 from reference import gradients, weight
 
 
@@ -165,3 +169,99 @@ def test_grad_scaler_skips_a_step_with_overflow(spoiled, at):
     # scales are powers of two, so unscaled gradients are exact
     assert torch.equal(matrix, same[0])
     assert torch.equal(bias, same[1])
+
+
+# --------------------------------------------------------------------------- groups by other hands
+
+
+def accelerated(optimizer):
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True).prepare(optimizer).optimizer
+
+
+AFTER = {
+    "construction": lambda optimizer: optimizer,
+    "load_state_dict": lambda optimizer: (optimizer.load_state_dict(optimizer.state_dict()), optimizer)[1],
+    "deepcopy": copy.deepcopy,
+    "pickling": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
+    "accelerate": accelerated,
+}
+
+
+@pytest.mark.parametrize("after", AFTER)
+@pytest.mark.parametrize("named", [True, False])
+def test_a_group_is_added(named, after):
+    """torch writes a setting of its own into the defaults; groups of the factory have names, those of a loss none."""
+    known, extra = ("w", weight((12, 8))) if named else weight((12, 8)), torch.nn.Linear(4, 3)
+    optimizer = AFTER[after](FiraAdamW([{"params": [known], "rank": 4}]))
+    optimizer.add_param_group({"params": extra.parameters(), "lr": 0.5})
+    optimizer.add_param_group({"params": weight((8, 6)), "rank": 2})
+    for p in extra.parameters():
+        p.grad = torch.ones_like(p)
+    before = extra.bias.detach().clone()
+    optimizer.step()
+    assert (extra.bias - before).abs().min() > 0.4
+    assert [("param_names" in group) for group in optimizer.param_groups] == [named] * 3
+    if named:
+        assert optimizer.param_groups[1]["param_names"] == ["parameter 1", "parameter 2"]
+        assert optimizer.param_groups[2]["param_names"] == ["parameter 3"]
+    # and it goes through a checkpoint
+    AFTER["load_state_dict"](optimizer)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_groups_with_parameters_that_are_not_the_models(tiny_llama, named):
+    """Those of a loss that is trained beside the model: dense weights, which the summary tells."""
+    model, loss = tiny_llama(), torch.nn.Linear(4, 3)
+    own = [("loss." + name, p) for name, p in loss.named_parameters()] if named else list(loss.parameters())
+    optimizer = build_optimizer(model, FiraConfig(rank=4), [{"params": list(model.parameters())}, {"params": own}])
+    (group,) = (group for group in optimizer.param_groups if any(p is loss.weight for p in group["params"]))
+    assert "rank" not in group
+    assert group["param_names"][-1] == ("loss.bias" if named else f"parameter {len(list(model.parameters())) + 1}")
+    assert "not in the model: 15 in 2" in optimizer.summary
+    for p in [*model.parameters(), *loss.parameters()]:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert f"{state_bytes(optimizer):,} bytes" in optimizer.summary
+
+
+def test_keys_of_other_libraries_are_left_alone():
+    """Names for Lightning's monitor, timm's scale of the rate, what schedulers of torch leave in a group."""
+    others = {"name": "body", "lr_scale": 0.5, "max_lr": 1.0, "min_lr": 0.0, "base_momentum": 0.8, "max_momentum": 0.9}
+    for rank in ({"rank": 4}, {}):
+        (group,) = FiraAdamW([{"params": [weight((12, 8))], **rank, **others}]).param_groups
+        assert group.items() >= others.items()
+
+
+def test_settings_of_adamw_that_fira_has_not():
+    """At their defaults they mean nothing: torch puts them there itself. Otherwise somebody asks for something."""
+    defaults = torch.optim.AdamW([weight((12, 8))]).defaults
+    (group,) = FiraAdamW([{"params": [weight((12, 8))], **defaults}]).param_groups
+    assert group["lr"] == defaults["lr"]
+    FiraAdamW([{"params": [weight((12, 8))], "foreach": False, "fused": False}])
+    for name, value in (("amsgrad", True), ("maximize", True), ("fused", True), ("capturable", True)):
+        with pytest.raises(ValueError, match=f"{name}={value}.*AdamW"):
+            FiraAdamW([{"params": [weight((12, 8))], name: value}])
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("scale", "called 'alpha'"), ("rnk", "Did you mean 'rank'"), ("proj_type", "")]
+)
+def test_a_key_that_resembles_a_setting(name, hint):
+    with pytest.raises(ValueError, match=rf"Unknown setting '{name}'.*{hint}"):
+        FiraAdamW([{"params": [weight((12, 8))], "rank": 4, name: 1}])
+
+
+@pytest.mark.parametrize("projected", [True, False])
+def test_a_finite_gradient_whose_square_is_not(projected):
+    """Adam would square it and be stuck at infinity; it counts as not finite, in both kinds of groups."""
+    p = weight((12, 8))
+    before = p.detach().clone()
+    optimizer = FiraAdamW([{"params": [p]} | ({"rank": 4} if projected else {})])
+    p.grad = torch.full((12, 8), 1e20)
+    optimizer.step()
+    assert torch.equal(p, before)
+    p.grad = torch.full((12, 8), 1e17)
+    optimizer.step()
+    assert not torch.equal(p, before) and p.isfinite().all()
