@@ -149,38 +149,60 @@ RESUME = (
     COMMON
     + """
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 folder, task = sys.argv[1:]
 sharded = world > 1
-for base in ("adamw", "adafactor"):
-    model = build(sharded)
-    optimizer = prepare(model, refresh="staggered", base_optimizer=base)
+FORMS = {
+    "sharded": StateDictOptions(),
+    "flat": StateDictOptions(flatten_optimizer_state_dict=True),
+    "full": StateDictOptions(full_state_dict=True, cpu_offload=True),
+}
+for base, forms in (("adamw", FORMS), ("adafactor", ["sharded"])):
+    for form in forms:
+        path, options = f"{folder}/{base}-{form}", FORMS[form]
+        if task == "resume" or form == "sharded":
+            model = build(sharded)
+            optimizer = prepare(model, refresh="staggered", base_optimizer=base)
+        if task == "save":
+            if form == "sharded":
+                train(model, optimizer, 0, 20, sharded)
+            weights, state = get_state_dict(model, optimizer, options=options)
+            saved = {"model": weights, "optimizer": state}
+            if form != "full":
+                dcp.save(saved, checkpoint_id=path)
+            elif rank == 0:
+                torch.save(saved, path + ".pt")
+        else:
+            weights, state = get_state_dict(model, optimizer, options=options)
+            saved = {"model": weights, "optimizer": state}
+            if form == "full":
+                saved = torch.load(path + ".pt", weights_only=True)
+            else:
+                dcp.load(saved, checkpoint_id=path)
+            weights, state = saved["model"], saved["optimizer"]
+            set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
+            train(model, optimizer, 20, 40, sharded)
+            weights = full(model)
+            if rank == 0:
+                torch.save(weights, f"{path}-resumed.pt")
     if task == "save":
-        train(model, optimizer, 0, 20, sharded)
-        weights, state = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/{base}")
-    else:
-        weights, state = get_state_dict(model, optimizer)
-        saved = {"model": weights, "optimizer": state}
-        dcp.load(saved, checkpoint_id=f"{folder}/{base}")
-        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
-    train(model, optimizer, 20, 40, sharded)
-    weights = full(model)
-    if rank == 0:
-        torch.save(weights, f"{folder}/{base}-{task}-{world}.pt")
+        train(model, optimizer, 20, 40, sharded)
+        weights = full(model)
+        if rank == 0:
+            torch.save(weights, f"{folder}/{base}-saved.pt")
 """
 )
 
 
 def test_a_checkpoint_of_two_processes_goes_on_with_one_two_and_three(tmp_path):
-    """In the middle of an interval, by torch.distributed.checkpoint."""
+    """In the middle of an interval, by torch.distributed.checkpoint, in each form of a state dict."""
     launch(RESUME, tmp_path, 2, str(tmp_path), "save")
     for processes in (1, 2, 3):
         launch(RESUME, tmp_path, processes, str(tmp_path), "resume")
-        for base in ("adamw", "adafactor"):
-            saved = torch.load(tmp_path / f"{base}-save-2.pt")
-            resumed = torch.load(tmp_path / f"{base}-resume-{processes}.pt")
-            assert (resumed - saved).norm() <= 1e-5 * saved.norm(), base
+        for base, form in (("adamw", "sharded"), ("adamw", "flat"), ("adamw", "full"), ("adafactor", "sharded")):
+            saved = torch.load(tmp_path / f"{base}-saved.pt")
+            resumed = torch.load(tmp_path / f"{base}-{form}-resumed.pt")
+            assert (resumed - saved).norm() <= 1e-5 * saved.norm(), (base, form)
             if processes == 2:
-                assert torch.equal(resumed, saved), base
+                assert torch.equal(resumed, saved), (base, form)
