@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 
 from . import functional as F
 from .checkpoint import check_checkpoint, pairs
-from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig, check_setting, check_update, unknown_name
+from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig, check_update, normalised, unknown_name
 from .distributed import agree, local, sharded_like
 from .refresh import refresh
 from .state import Matrix, batches, create_state, first_states, matrices_of, refresh_in, rounding_generator
@@ -113,7 +113,7 @@ class FiraAdamW(torch.optim.Optimizer):
             if "rank" not in group:
                 raise ValueError(f"Parameter group: {name}={group[name]!r} has no effect in a group without 'rank'.")
         for name in valid if "rank" in group else general:
-            check_setting(name, group.setdefault(name, {**SHARED_DEFAULTS, **PROJECTED_DEFAULTS}.get(name)))
+            group[name] = normalised(name, group.get(name, {**SHARED_DEFAULTS, **PROJECTED_DEFAULTS}.get(name)))
         if "rank" in group:
             check_update(*(group[name] for name in ("alpha", "residual", "limiter", "gamma")))
         group["betas"] = tuple(group["betas"])
