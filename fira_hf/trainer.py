@@ -20,9 +20,10 @@ from transformers.training_args import OptimizerNames, ParallelMode
 from .callbacks import unwrapped
 from .config import ALL_LINEAR, LAYERWISE, PUBLISHED, FiraConfig, plain, unknown_name
 from .factory import build_optimizer
+from .layers import linear_layers, weights
 from .layerwise import StepInBackward, step_in_backward
 from .optimizer import FiraAdamW
-from .targets import find_targets, linear_layers, unmatched, weights
+from .targets import find_targets, other_than_linear, unmatched
 
 logger = logging.getLogger(__name__)
 
@@ -360,8 +361,10 @@ def _trainer_targets(model: nn.Module, targets: Any) -> str:
         found = [layer for layer in layers if check_target_module_exists(probe, layer.name)]
         if not any(layer.weight.requires_grad for layer in found):
             why = "matches only frozen weights" if found else "matches no linear layer"
-            if not found and any(w.is_experts and check_target_module_exists(probe, w.name) for w in weights(model)):
-                why = f"{why} but stacked experts, which target_parameters of a FiraConfig names (config=PATH)"
+            matched = functools.partial(check_target_module_exists, probe)
+            setting = "target_parameters of a FiraConfig (config=PATH)"
+            if hint := other_than_linear(weights(model), matched, setting):
+                raise ValueError(f"optim_target_modules: {entry!r} {why}, but {hint}.")
             raise unmatched("optim_target_modules", probe, why, layers)
     if isinstance(targets, str):
         return targets

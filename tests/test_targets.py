@@ -23,14 +23,13 @@ from transformers import (
     GptOssForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
-    Trainer,
-    TrainingArguments,
 )
 from transformers.pytorch_utils import Conv1D
 
-from conftest import build_llama, build_mixtral
+from conftest import build_llama, build_mixtral, trainer_groups
 from fira_hf import FiraConfig
-from fira_hf.targets import find_targets, weights
+from fira_hf.layers import weights
+from fira_hf.targets import find_targets
 
 
 def build_gpt2():
@@ -440,13 +439,6 @@ def galore():
         sys.modules["galore_torch"] = galore_torch
 
 
-def trainer_groups(model, optim, targets, tmp_path):
-    args = TrainingArguments(
-        output_dir=str(tmp_path), report_to="none", use_cpu=True, optim=optim, optim_target_modules=targets
-    )
-    return Trainer(model=model, args=args).create_optimizer().param_groups
-
-
 @pytest.mark.parametrize(
     "targets",
     [
@@ -503,57 +495,6 @@ def test_the_trainers_rule_where_one_name_ends_another(targets, tmp_path, galore
         for optim in ("galore_adamw", "fira")
     ]
     assert chosen[0] == chosen[1]
-
-
-# --------------------------------------------------------------------------- LoRA under PEFT
-
-
-def build_lora(**settings):
-    return get_peft_model(build_llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **settings))
-
-
-@pytest.mark.parametrize(
-    ("targets", "parts"),
-    [
-        ("all-linear", ("lora_A", "lora_B")),
-        (["q_proj"], ("q_proj.lora_A", "q_proj.lora_B")),
-        (["lora_A"], ("lora_A",)),
-        (["q_proj", "lora_B"], ("q_proj.lora_A", "lora_B")),
-        (r".*v_proj", ("v_proj.lora_A", "v_proj.lora_B")),
-    ],
-    ids=str,
-)
-def test_under_a_peft_model_the_adapter_matrices_are_chosen(targets, parts):
-    model = build_lora()
-    chosen = {id(entry.parameter) for entry in find_targets(model, FiraConfig(target_modules=targets)).projected}
-    expected = {
-        name for name, p in model.named_parameters() if p.requires_grad and any(part in name for part in parts)
-    }
-    assert {name for name, p in model.named_parameters() if id(p) in chosen} == expected
-
-
-@pytest.mark.parametrize(
-    ("targets", "parts"),
-    [(None, ("lora_",)), (["q_proj"], ("q_proj.lora_",)), (["lora_A"], ("lora_A",)), (["attn"], ("lora_",))],
-    ids=str,
-)
-def test_under_a_peft_model_in_the_trainer(targets, parts, tmp_path):
-    model = build_lora()
-    groups = trainer_groups(model, "fira", targets, tmp_path)
-    chosen = {id(p) for group in groups if "rank" in group for p in group["params"]}
-    expected = {
-        name for name, p in model.named_parameters() if p.requires_grad and any(part in name for part in parts)
-    }
-    assert {name for name, p in model.named_parameters() if id(p) in chosen} == expected
-
-
-def test_a_trainable_copy_of_the_head_stays_dense():
-    model = build_lora(modules_to_save=["lm_head"])
-    plan = find_targets(model, FiraConfig())
-    head = [p for name, p in model.named_parameters() if "lm_head" in name and p.requires_grad]
-    assert len(head) == 1
-    assert all(entry.parameter is not head[0] for entry in plan.projected)
-    assert any(entry.parameter is head[0] and entry.reason for entry in plan.skipped)
 
 
 # --------------------------------------------------------------------------- what is left out, and why
