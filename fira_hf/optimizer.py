@@ -57,13 +57,14 @@ class FiraAdamW(torch.optim.Optimizer):
 
     A weight of a group without `rank` has `step`, `seed`, `rounded`, and `exp_avg` and `exp_avg_sq` of its own shape.
 
-    A gradient that is zero, or not finite (or so large that its square is not, in fp32), changes nothing of a
-    projected weight and its state. A group without `rank` is passed over for a step in which one of its gradients is
-    not finite. Ordinary steps do not synchronise an accelerator with the host; one that may refresh a basis does.
+    A gradient that is zero or not finite changes nothing of a projected weight and its state. A group without `rank`
+    is passed over for a step in which one of its gradients is not finite. For both, one counts as not finite, too,
+    when the square of its norm is not in fp32 (a norm beyond 1.8e19), as the second moment would not be. Ordinary steps do not synchronise an accelerator with the host; one that may refresh a basis does.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups of either.
-        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. A projected weight decays after its update. What betas
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. Here and in a group, a tensor is read once and its
+            number kept: what changes later is what is assigned to the group, as schedules do. A projected weight decays after its update. What betas
             and eps mean there with another base optimizer: see `FiraConfig`.
 
     Raises:
