@@ -46,8 +46,10 @@ class Layer:
 
     @property
     def aliases(self) -> tuple[str, ...]:
-        """What it is called by: a linear layer like its module, a parameter like itself."""
-        return self.modules if self.is_linear else self.parameters
+        """What it is called by: a linear layer like its module, a parameter like itself, an adapter's like both."""
+        if not self.is_linear:
+            return self.parameters
+        return self.modules if self.leaf == "weight" else (*self.parameters, *self.modules)
 
     @property
     def parameters(self) -> tuple[str, ...]:

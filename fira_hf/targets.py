@@ -309,12 +309,14 @@ def _none_left(config: FiraConfig, layers: list[Layer], reasons: dict[nn.Paramet
     if said:
         way = f"Change {' or '.join(f'{name}={value!r}' for name, value in said.items())}"
     else:
-        names = sorted({layer.name for layer in layers if layer.weight in reasons})
+        heads = sorted({layer.name for layer in layers if layer.weight in reasons and not layer.is_empty})
         frozen = [layer.weight for layer in layers if not layer.weight.requires_grad]
         is_quantised = any(not p.is_floating_point() for p in frozen)
-        others = f"The other {len(frozen)} linear layers are {'quantised and ' * is_quantised}frozen"
-        way = f"{others}: {'add adapters' if is_quantised else 'train them'}, or " if frozen else "If you want them, "
-        way += f"name {' and '.join(map(repr, names[:3]))} in target_modules"
+        others = f"The other linear layers ({len(frozen)}) are {'quantised and ' * is_quantised}frozen"
+        ways = ["add adapters" if is_quantised else "train them"] if frozen else []
+        ways += [f"name {' and '.join(map(repr, heads[:3]))} in target_modules"] if heads else []
+        way = f"{others}: " if frozen else ""
+        way += " or ".join(ways) or "Use AdamW"
     why = ", ".join(sorted(set(reasons.values())))
     return ValueError(f"No weight is left to project (the trained linear layers are: {why}). {way}.")
 

@@ -142,6 +142,7 @@ def build_adalora():
         ("all-linear", ("lora_A", "lora_B")),
         (["q_proj"], ("q_proj.lora_A", "q_proj.lora_B")),
         (["lora_A"], ("lora_A",)),
+        (["v_proj.lora_A.default"], ("v_proj.lora_A",)),
         (["q_proj", "lora_B"], ("q_proj.lora_A", "lora_B")),
         (r".*v_proj", ("v_proj.lora_A", "v_proj.lora_B")),
     ],

@@ -199,7 +199,7 @@ def test_only_matrices_without_a_layer():
 def test_a_trained_head_alone_says_so_and_how_to_project_it():
     model = build_llama(num_hidden_layers=1).requires_grad_(False)
     model.lm_head.requires_grad_(True)
-    wrong = r"are: output head\). The other 7 linear layers are frozen: train them, or name 'lm_head' in target"
+    wrong = r"are: output head\). The other linear layers \(7\) are frozen: train them or name 'lm_head' in target"
     with pytest.raises(ValueError, match=wrong) as refused:
         find_targets(model, FiraConfig())
     assert "all-linear" not in str(refused.value), "which is the widest there is"
@@ -233,9 +233,7 @@ def quantised(tmp_path_factory):
 def test_a_quantised_base_with_a_trained_head_says_what_is_the_case(quantised):
     quantised.lm_head.requires_grad_(True)
     try:
-        wrong = (
-            "The other 14 linear layers are quantised and frozen: add adapters, or name 'lm_head' in target_modules"
-        )
+        wrong = r"The other linear layers \(14\) are quantised and frozen: add adapters or name 'lm_head' in"
         with pytest.raises(ValueError, match=wrong):
             find_targets(quantised, FiraConfig())
         assert projected(quantised, target_modules=["lm_head"]) == ["lm_head.weight"]
@@ -297,6 +295,8 @@ def test_naming_only_what_has_no_elements_is_an_error():
     for settings in ({"target_modules": ["no_out"]}, {"target_modules": [], "target_parameters": ["no_in.weight"]}):
         with pytest.raises(ValueError, match="No weight is left to project .*without elements"):
             find_targets(build_pruned(), FiraConfig(**settings))
+    with pytest.raises(ValueError, match=r"linear layers are: without elements\)\. Use AdamW\.$"):
+        find_targets(nn.Linear(8, 0), FiraConfig())
 
 
 @pytest.mark.parametrize("refresh", ["staggered", "together"])
