@@ -113,7 +113,7 @@ def weights(model: nn.Module) -> list[Layer]:
 def _kind(name: str, p: nn.Parameter, module: nn.Module, owner: nn.Module, tuner: Any) -> str:
     if p.ndim < 2 or name.endswith("bias"):  # those of stacked experts are stacked, too
         return "vector: bias, norm"
-    if tuner is not None:
+    if tuner is not None and not isinstance(module, _ConvNd):
         return "vector of an adapter" if p.ndim == 2 else "stack of an adapter"
     if owner is not module:
         return f"part of a parametrized layer ({type(owner).__name__})"

@@ -184,7 +184,8 @@ def _check_entries(config: FiraConfig, everything: list[Layer], candidates: list
         for layer in found:
             if layer.weight.requires_grad and not layer.is_matrix:
                 of_shape = f"of shape {tuple(layer.weight.shape)}{', a convolution' * layer.is_convolution}"
-                way = "leave it out" if entry in layer.parameters else "give more of the name, or leave it out"
+                can_be_meant = any(other.is_matrix for other in found)
+                way = "give more of the name, or leave it out" if can_be_meant else "leave it out"
                 raise ValueError(
                     f"target_parameters: {entry!r} matches {layer.parameters[0]}, {of_shape}, but only matrices and "
                     f"stacks of them (3-D) can be projected: {way}."
