@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from decimal import Decimal
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,29 @@ PREFIXES = re.compile(r"^(?:module\.|base_model\.model\.)+")
 Check = Callable[[Any], bool]
 
 
+def plain(value: Any) -> Any:
+    """Numbers, sequences and mappings of any library as Python's own; what is none of these as it is.
+
+    A number may be an array or tensor of one element; one of more is a list.
+    """
+    if hasattr(value, "tolist"):  # what numpy and torch have, and all that is like theirs
+        try:
+            value = value.tolist()
+        except RuntimeError:  # on the meta device there are no values
+            return value
+        while isinstance(value, list) and len(value) == 1 and not isinstance(value[0], str):
+            value = value[0]
+    if isinstance(value, (bool, str, bytes)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, (Real, Decimal)):
+        return float(value)
+    if isinstance(value, Mapping):
+        return {key: plain(entry) for key, entry in value.items()}
+    return list(map(plain, value)) if isinstance(value, Sequence) else value
+
+
 def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -36,7 +61,8 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Of integers, too, that no float can hold.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_names(value: Any) -> bool:
@@ -81,7 +107,7 @@ def _is_at_least_0(value: Any) -> bool:
 
 
 def _is_betas(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 2 and all(_is_real(b) and 0 <= b < 1 for b in value)
+    return isinstance(value, list) and len(value) == 2 and all(_is_real(b) and 0 <= b < 1 for b in value)
 
 
 def _is_one_of(*choices: str) -> tuple[Check, str]:
@@ -141,11 +167,17 @@ def plain_name(name: str) -> str:
     return PREFIXES.sub("", WRAPPERS.sub("", name).lstrip("."))
 
 
-def check_setting(name: str, value: Any) -> None:
-    """Raises ValueError, naming the setting, its value and the rule, if `value` is not valid for `name`."""
+def normalised(name: str, value: Any) -> Any:
+    """The value as it is kept: `plain`, so that files, checkpoints and schedules find Python's own types.
+
+    Raises:
+        ValueError: naming the setting, its value and the rule, if `value` is not valid for `name`.
+    """
     is_valid, rule = RULES[name]
-    if not is_valid(value):
+    kept = plain(value)
+    if not is_valid(kept):
         raise ValueError(f"{name}={value!r} is not valid: {name} must be {rule}.")
+    return kept
 
 
 def check_update(alpha: float, residual: str, limiter: str, gamma: float | None) -> None:
@@ -172,6 +204,8 @@ def unknown_name(kind: str, name: str, valid: list[str]) -> str:
 @dataclass
 class FiraConfig:
     """Settings of Fira (arXiv 2410.01623), named as in the published code. Matching follows PEFT's `LoraConfig`.
+
+    Numbers, sequences and mappings may be those of other libraries (numpy, torch, OmegaConf); kept are Python's own.
 
     Args:
         rank: rank of the projection; a matrix with a shorter side than this is projected at its short side.
@@ -255,12 +289,12 @@ class FiraConfig:
         lists = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
         for name in lists:
             value = getattr(self, name)
-            if isinstance(value, (tuple, set, frozenset)):
-                setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
+            if isinstance(value, Set):
+                setattr(self, name, sorted(value, key=lambda entry: (type(entry).__name__, entry)))
         if isinstance(self.target_modules, str) and self.target_modules.lower().replace("_", "-") == ALL_LINEAR:
             self.target_modules = ALL_LINEAR
         for name in self.__dataclass_fields__:
-            check_setting(name, getattr(self, name))
+            setattr(self, name, normalised(name, getattr(self, name)))
         self.betas = (self.betas[0], self.betas[1])
         check_update(self.alpha, self.residual, self.limiter, self.gamma)
         if not self.target_modules and self.target_parameters is None:

@@ -122,9 +122,14 @@ def summarize(model: nn.Module, plan: TargetPlan) -> str:
             numel[other.reason] += other.parameter.numel()
         reasons = "; ".join(f"{reason}: {numel[reason]:,} in {count[reason]}" for reason in count)
         lines.append(f"Not projected, trained by AdamW ({reasons}).")
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    frozen = sum(_count(p) for p in model.parameters() if not p.requires_grad)
     if frozen:
         lines.append(f"Frozen: {frozen:,} parameters.")
     state, adamw = plan.state_bytes, sum(map(adamw_state_bytes, projected + skipped))
     lines.append(f"Optimizer state: {state:,} bytes; AdamW's would be {adamw:,} ({state / adamw:.1%}).")
     return "\n".join(lines)
+
+
+def _count(p: nn.Parameter) -> int:
+    """Parameters, as PEFT counts them: bitsandbytes packs two of a 4-bit base into each byte."""
+    return 2 * p.numel() * p.element_size() if type(p).__name__ == "Params4bit" else p.numel()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, check_setting, check_update, unknown_name
+from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, check_update, normalised, unknown_name
 
 ADAM_SETTINGS = ("lr", "betas", "eps", "weight_decay")
 GENERAL = (*ADAM_SETTINGS, *SHARED_DEFAULTS)
@@ -37,7 +37,7 @@ def check_group(group: dict[str, Any]) -> None:
         elif "rank" not in group and name not in GENERAL:
             raise ValueError(f"Parameter group: {name}={group[name]!r} has no effect in a group without 'rank'.")
     for name in VALID if "rank" in group else GENERAL:
-        check_setting(name, group.setdefault(name, {**SHARED_DEFAULTS, **PROJECTED_DEFAULTS}.get(name)))
+        group[name] = normalised(name, group.get(name, {**SHARED_DEFAULTS, **PROJECTED_DEFAULTS}.get(name)))
     if "rank" in group:
         check_update(*(group[name] for name in ("alpha", "residual", "limiter", "gamma")))
     group["betas"] = tuple(group["betas"])

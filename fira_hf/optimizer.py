@@ -68,15 +68,16 @@ class FiraAdamW(torch.optim.Optimizer):
 
     A weight of a group without `rank` has `step`, `seed`, `rounded`, and `exp_avg` and `exp_avg_sq` of its own shape.
 
-    A gradient that is zero, or not finite (or so large that its square is not, in fp32), changes nothing of a
-    projected weight and its state. A group without `rank` is passed over for a step in which one of its gradients is
-    not finite, by the same measure. Ordinary steps do not synchronise an accelerator with the host; one that may
-    refresh a basis does.
+    A gradient that is zero or not finite changes nothing of a projected weight and its state. A group without `rank`
+    is passed over for a step in which one of its gradients is not finite. For both, one counts as not finite, too,
+    when the square of its norm is not in fp32 (a norm beyond 1.8e19), as the second moment would not be.
+    Ordinary steps do not synchronise an accelerator with the host; one that may refresh a basis does.
 
     Args:
         params: parameters, (name, parameter) pairs, or groups of either.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. A projected weight decays after its update. What betas
-            and eps mean there with another base optimizer: see `FiraConfig`.
+            and eps mean there with another base optimizer: see `FiraConfig`. Here and in groups a tensor is read once
+            and its number kept: filling it later changes nothing, assigning to the group does, as schedules do.
 
     Raises:
         ValueError: a setting is unknown or not valid, a parameter is not of fp32, bf16 or fp16, or one of a projected

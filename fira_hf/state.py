@@ -28,7 +28,8 @@ def first_states(param_groups: list[dict[str, Any]]) -> dict[Any, dict[str, Any]
     """
     first: dict[Any, dict[str, Any]] = {}
     staggered = [group for group in param_groups if group.get("refresh") == "staggered"]
-    total = sum(p.numel() * group["rank"] for group in staggered for p in group["params"])
+    # Of matrices that have no elements, if there are no others, nothing is ever found.
+    total = max(1, sum(p.numel() * group["rank"] for group in staggered for p in group["params"]))
     before = 0
     for group in param_groups:
         for p in group["params"]:

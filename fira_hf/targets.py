@@ -3,7 +3,8 @@
 Matching is PEFT's: a list entry is a module's exact name or a dotted suffix of it, a string is a regular expression
 for the full name, "all-linear" is every linear layer but the output or classification head. In a PEFT model a layer
 inside an adapter is also known by the name of the layer that it adapts: "q_proj" finds `q_proj.lora_A.default` and the
-B beside it. `target_parameters` names parameters instead of modules, for weights that no linear layer holds.
+B beside it, and so do matrices of adapters that are parameters and no layers (see `layers`). `target_parameters` names
+parameters instead of modules, for weights that no linear layer holds.
 
 Beyond PEFT, which finds no layer to wrap there, "all-linear" covers the stacked experts of a mixture: they are its
 linear layers (many were `nn.Linear` before transformers 5), and hold most of its weights.
@@ -14,16 +15,17 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from .config import ALL_LINEAR, FiraConfig, plain_name
+from .config import ALL_LINEAR, FiraConfig
 from .functional import MOMENTS, long_and_short, stacked
+from .layers import Layer, weights
 
 FP32 = 4  # bytes
 
@@ -98,91 +100,6 @@ def adamw_state_bytes(parameter: nn.Parameter) -> int:
     return 2 * parameter.numel() * parameter.element_size() + FP32
 
 
-@dataclass(eq=False)
-class Layer:
-    """The weight of a linear layer, or a parameter by itself.
-
-    modules: the names that its module answers to. leaf: its own name there. is_head: whether it is (part of) the
-    output head. is_experts: whether it stacks experts. transposed: whether it is stored (in, out). is_ordered: whether
-    parts that it fuses would lie one after another along the output dimension.
-    """
-
-    modules: tuple[str, ...]
-    leaf: str
-    weight: nn.Parameter = field(repr=False)
-    is_linear: bool
-    is_head: bool
-    is_experts: bool
-    transposed: bool
-    is_ordered: bool
-
-    @property
-    def name(self) -> str:
-        return self.aliases[0]
-
-    @property
-    def aliases(self) -> tuple[str, ...]:
-        """What it is called by: a linear layer like its module, a parameter like itself."""
-        return self.modules if self.is_linear else self.parameters
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        return tuple(f"{module}.{self.leaf}" if module else self.leaf for module in self.modules)
-
-
-def weights(model: nn.Module) -> list[Layer]:
-    """Every parameter of the model. Linear layers are `nn.Linear`, and GPT-2's `Conv1D` where it is in use."""
-    # transformers is looked up, not imported: the model can hold its layers only if it is loaded.
-    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
-    conv1d = (pytorch_utils.Conv1D,) if pytorch_utils else ()
-    modules = dict(model.named_modules())
-    found_heads = set(_heads(modules))
-    heads = [name for name, module in modules.items() if module in found_heads]
-    adapted = [name for name, module in modules.items() if _is_wrapper(module)]
-    found = []
-    for name, module in modules.items():
-        names = tuple(_aliases(name, adapted))
-        is_head = any(name == head or name.startswith(f"{head}.") for head in heads)
-        for leaf, p in module.named_parameters(recurse=False):
-            is_linear = leaf == "weight" and isinstance(module, (nn.Linear, *conv1d))
-            is_experts = p.ndim == 3 and "Experts" in type(module).__name__
-            # What transformers 5 says of its experts. Of others it is not known whether parts can be told apart.
-            transposed = isinstance(module, conv1d) or (p.ndim == 3 and getattr(module, "is_transposed", False))
-            is_ordered = p.ndim == 2 or getattr(module, "is_concatenated", False)
-            found.append(Layer(names, leaf, p, is_linear, is_head, is_experts, transposed, is_ordered))
-    return found
-
-
-def linear_layers(model: nn.Module) -> list[Layer]:
-    """The layers that `target_modules` can choose."""
-    return [layer for layer in weights(model) if layer.is_linear]
-
-
-def _heads(modules: dict[str, nn.Module]) -> Iterator[nn.Module]:
-    """Output heads of the language models, and classification heads (by PEFT's names), found inside any wrapper."""
-    for module in modules.values():
-        get_head: Any = getattr(module, "get_output_embeddings", None)
-        if get_head is None:
-            continue
-        candidates = [get_head(), *(getattr(module, name, None) for name in ("score", "classifier"))]
-        yield from (head for head in candidates if isinstance(head, nn.Module))
-
-
-def _is_wrapper(module: nn.Module) -> bool:
-    """A layer that PEFT adapts, or keeps a trained copy of."""
-    return hasattr(module, "base_layer") or isinstance(getattr(module, "modules_to_save", None), nn.ModuleDict)
-
-
-def _aliases(name: str, adapted: list[str]) -> Iterator[str]:
-    yield name
-    yield plain_name(name)
-    for owner in adapted:
-        if name.startswith(f"{owner}."):
-            inner = name[len(owner) + 1 :].split(".")[0]  # lora_A, lora_B, base_layer, modules_to_save
-            yield plain_name(f"{owner}.{inner}")
-            yield plain_name(owner)
-
-
 def matches(target: str | list[str], name: str) -> bool:
     """PEFT's rule: a regular expression for the full name, or a list of names and dotted suffixes."""
     if isinstance(target, str):
@@ -229,36 +146,53 @@ def unmatched(setting: str, entry: str | list[str], why: str, layers: list[Layer
     return ValueError(f"{setting}: {entry!r} {why}; {hint}.")
 
 
+def other_than_linear(
+    everything: list[Layer], matched: Callable[[str], bool], setting: str = "target_parameters"
+) -> str | None:
+    """What to do about trained matrices that no linear layer holds, in words, where a name of theirs is matched."""
+    named = [
+        layer
+        for layer in everything
+        if not layer.is_linear and any(map(matched, (*layer.modules, *layer.owners, *layer.parameters)))
+    ]
+    for layer in named:
+        if layer.is_worth_naming:
+            return f"parameters such as {layer.parameters[0]}, which {setting} names"
+    for layer in named:
+        if layer.is_convolution and layer.weight.requires_grad:
+            return f"the convolution {layer.parameters[0]}, and Fira projects no convolutions: leave it out"
+    return None
+
+
 def _check_entries(config: FiraConfig, everything: list[Layer], candidates: list[Layer], model: nn.Module) -> None:
     """Raises for an entry of the config that chooses nothing."""
     names = [name for name, _ in model.named_modules() if name]
     layers = [layer for layer in everything if layer.is_linear]
-    stacks = [layer for layer in everything if not layer.is_linear and layer.weight.ndim in (2, 3)]
+    others = [layer for layer in everything if not layer.is_linear and layer.is_matrix]
     for probe in _probes(config.target_modules) if config.target_modules != ALL_LINEAR else []:
         found = [layer for layer in layers if _chosen(probe, layer)]
         if any(layer.weight.requires_grad for layer in found):
             continue
-        others = any(matches(probe, name) for name in names)
-        why = "matches no linear layer" if others else "matches no module of the model"
-        for layer in stacks:
-            if not found and (layer.is_experts or not others) and _is_excluded(probe, layer):
-                raise ValueError(
-                    f"target_modules: {probe if isinstance(probe, str) else probe[0]!r} {why}, but parameters such as "
-                    f"{layer.name}: name those in target_parameters."
-                )
-        raise unmatched("target_modules", probe, "matches only frozen weights" if found else why, layers)
+        why = "matches only frozen weights" if found else "matches no module of the model"
+        if not found and any(matches(probe, name) for name in names):
+            why = "matches no linear layer"
+        if hint := other_than_linear(everything, partial(matches, probe)):
+            raise ValueError(f"target_modules: {probe if isinstance(probe, str) else probe[0]!r} {why}, but {hint}.")
+        raise unmatched("target_modules", probe, why, layers)
     for entry in config.target_parameters or []:
         found = [layer for layer in everything if any(matches([entry], name) for name in layer.parameters)]
         for layer in found:
-            if layer.weight.ndim not in (2, 3) and layer.weight.requires_grad:
+            if layer.weight.requires_grad and not layer.is_matrix:
+                of_shape = f"of shape {tuple(layer.weight.shape)}{', a convolution' * layer.is_convolution}"
+                can_be_meant = any(other.is_matrix for other in found)
+                way = "give more of the name, or leave it out" if can_be_meant else "leave it out"
                 raise ValueError(
-                    f"target_parameters: {entry!r} matches {layer.parameters[0]}, of shape "
-                    f"{tuple(layer.weight.shape)}, but only matrices and stacks of them (3-D) can be projected: "
-                    "give more of the name."
+                    f"target_parameters: {entry!r} matches {layer.parameters[0]}, {of_shape}, but only matrices and "
+                    f"stacks of them (3-D) can be projected: {way}."
                 )
         if not any(layer.weight.requires_grad for layer in found):
             why = "matches only frozen weights" if found else "matches no parameter of the model"
-            raise unmatched("target_parameters", [entry], why, stacks)
+            raise unmatched("target_parameters", [entry], why, others)
     for probe in _probes(config.exclude_modules or []):
         if not any(_is_excluded(probe, one) for one in candidates) and not any(matches(probe, n) for n in names):
             raise unmatched("exclude_modules", probe, "matches no module of the model", candidates)
@@ -300,7 +234,7 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
     layers = [layer for layer in everything if layer.is_linear or layer.is_experts or _is_named(config, layer)]
     trained = [layer for layer in layers if layer.weight.requires_grad]
     if not trained:
-        raise ValueError("The model has no trainable linear layer: there is nothing for Fira to project.")
+        raise _no_linear_layer(everything)
     _check_entries(config, everything, layers, model)
 
     patterns = {name: getattr(config, f"{name}_pattern") for name in ("rank", "alpha", "split")}
@@ -337,25 +271,55 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
                 why = "matches no projected layer that an earlier entry leaves to it"
                 raise unmatched(f"{name}_pattern", key, why, chosen)
     if not targets:
-        raise ValueError(
-            f"No weight is left to project (the linear layers are: {', '.join(sorted(set(reasons.values())))}). "
-            f"Widen target_modules={config.target_modules!r}, or what restricts it."
-        )
+        raise _none_left(config, layers, reasons)
 
     itemsize = getattr(torch, config.state_dtype).itemsize
     of_state = {"state_itemsize": itemsize, "base_optimizer": config.base_optimizer}
     plan = TargetPlan([], [])
-    kinds = {p: module for module in model.modules() for p in module.parameters(recurse=False)}
+    kinds = {layer.weight: layer.kind for layer in everything}
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in model.named_parameters():
         if parameter in targets:
             plan.projected.append(replace(targets[parameter], name=name, **of_state))
         elif parameter.requires_grad:
-            reason = reasons.get(parameter) or _kind(name, parameter, kinds[parameter])
+            reason = reasons.get(parameter) or kinds[parameter]
             if parameter in reasons and parameter in embeddings:
                 reason = f"embedding, tied to the {reason}"
             plan.skipped.append(Skipped(name, parameter, reason, itemsize))
     return plan
+
+
+def _no_linear_layer(everything: list[Layer]) -> ValueError:
+    trained = [layer for layer in everything if layer.weight.requires_grad]
+    named = [layer.parameters[0] for layer in trained if layer.is_worth_naming]
+    kinds = ", ".join(sorted({layer.kind for layer in trained}))
+    if named:
+        what = f"matrices such as {' and '.join(named[:2])} are trained: name them in target_parameters"
+    elif trained:
+        what = f"what is trained ({kinds}; {trained[0].parameters[0]}) Fira does not project: use AdamW"
+    else:
+        what = "all its parameters are frozen"
+    return ValueError(f"The model has no trainable linear layer: {what}.")
+
+
+def _none_left(config: FiraConfig, layers: list[Layer], reasons: dict[nn.Parameter, str]) -> ValueError:
+    """The error where the trained linear layers are all left out."""
+    settings = ("target_modules", "exclude_modules", "layers_to_transform")
+    widest = {"target_modules": ALL_LINEAR, "exclude_modules": None, "layers_to_transform": None}
+    said = {name: value for name in settings if (value := getattr(config, name)) != widest[name]}
+    if said:
+        way = f"Change {' or '.join(f'{name}={value!r}' for name, value in said.items())}"
+    else:
+        heads = sorted({layer.name for layer in layers if layer.weight in reasons and not layer.is_empty})
+        frozen = [layer.weight for layer in layers if not layer.weight.requires_grad]
+        is_quantised = any(not p.is_floating_point() for p in frozen)
+        others = f"The other linear layers ({len(frozen)}) are {'quantised and ' * is_quantised}frozen"
+        ways = ["add adapters" if is_quantised else "train them"] if frozen else []
+        ways += [f"name {' and '.join(map(repr, heads[:3]))} in target_modules"] if heads else []
+        way = f"{others}: " if frozen else ""
+        way += " or ".join(ways) or "Use AdamW"
+    why = ", ".join(sorted(set(reasons.values())))
+    return ValueError(f"No weight is left to project (the trained linear layers are: {why}). {way}.")
 
 
 def _check_split(layer: Layer, split: int) -> None:
@@ -373,6 +337,8 @@ def _check_split(layer: Layer, split: int) -> None:
 
 
 def _why_not(layer: Layer, config: FiraConfig) -> str | None:
+    if layer.is_empty:
+        return "without elements"
     if _is_named(config, layer):
         pass
     elif config.target_modules == ALL_LINEAR:
@@ -392,11 +358,3 @@ def _why_not(layer: Layer, config: FiraConfig) -> str | None:
     if admitted and layer.name not in exact and _layer_index(layer, config) not in admitted:
         return "not in layers_to_transform"
     return None
-
-
-def _kind(name: str, parameter: nn.Parameter, module: nn.Module) -> str:
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    if parameter.ndim < 2 or name.endswith("bias"):  # those of stacked experts are stacked, too
-        return "vector: bias, norm"
-    return f"not a linear layer ({type(module).__name__})"

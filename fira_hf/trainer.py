@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,11 +18,12 @@ from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import OptimizerNames, ParallelMode
 
 from .callbacks import unwrapped
-from .config import ALL_LINEAR, LAYERWISE, PUBLISHED, FiraConfig, unknown_name
+from .config import ALL_LINEAR, LAYERWISE, PUBLISHED, FiraConfig, plain, unknown_name
 from .factory import build_optimizer
+from .layers import linear_layers, weights
 from .layerwise import StepInBackward, step_in_backward
 from .optimizer import FiraAdamW
-from .targets import find_targets, linear_layers, unmatched, weights
+from .targets import find_targets, other_than_linear, unmatched
 
 logger = logging.getLogger(__name__)
 
@@ -285,17 +286,16 @@ def config_from_args(args: TrainingArguments, model: nn.Module) -> FiraConfig:
     return chosen
 
 
-def parse_optim_args(text: str | None) -> dict[str, Any]:
-    """`"rank=128, alpha=0.25"` -> typed settings. `preset=published` stands for those of `PUBLISHED`.
+def parse_optim_args(given: Any) -> dict[str, Any]:
+    """`"rank=128, alpha=0.25"`, a list of such texts, or a mapping -> typed settings.
+
+    `preset=published` stands for those of `PUBLISHED`. Values of a mapping that are no text are left to `FiraConfig`.
 
     Raises:
         ValueError: an entry is not `key=value`, a key is unknown or given twice, or a value is not of its type.
     """
     settings: dict[str, Any] = {}
-    for entry in text.split(",") if text and text.strip() else []:
-        name, equals, value = (part.strip() for part in entry.partition("="))
-        if not (name and equals and value):
-            raise ValueError(f"optim_args={text!r}: {entry.strip()!r} is not of the form key=value.")
+    for name, value in _entries(given):
         if name in TRAINER_ARGS:
             raise ValueError(f"optim_args: set {name} by TrainingArguments' {TRAINER_ARGS[name]}, not here.")
         if name == "target_modules":
@@ -303,22 +303,45 @@ def parse_optim_args(text: str | None) -> dict[str, Any]:
         if name not in OPTIM_ARGS and name in FiraConfig.__dataclass_fields__:
             raise ValueError(f"optim_args: {name} does not fit into one word: save a FiraConfig and say config=PATH.")
         if name not in OPTIM_ARGS:
-            raise ValueError(f"optim_args={text!r}: {unknown_name('key', name, list(OPTIM_ARGS))}")
+            raise ValueError(f"optim_args={given!r}: {unknown_name('key', name, list(OPTIM_ARGS))}")
         if name in settings:
-            raise ValueError(f"optim_args={text!r}: {name} is given twice.")
+            raise ValueError(f"optim_args={given!r}: {name} is given twice.")
+        kind = OPTIM_ARGS[name]
         try:
-            is_none = value.lower() == "none" and name in ("gamma", "dense_lr")
-            settings[name] = None if is_none else OPTIM_ARGS[name](value)
+            is_none = str(value).lower() == "none" and name in ("gamma", "dense_lr")
+            is_typed = kind is not str and not isinstance(value, str)
+            settings[name] = None if is_none else value if is_typed else kind(value)
         except ValueError:
-            raise ValueError(f"optim_args={text!r}: {name}={value!r} is not {KINDS[OPTIM_ARGS[name]]}.") from None
+            raise ValueError(f"optim_args={given!r}: {name}={value!r} is not {KINDS[kind]}.") from None
     preset = settings.pop("preset", None)
     if preset is None:
         return settings
     if preset not in PRESETS:
-        raise ValueError(f"optim_args={text!r}: {unknown_name('preset', preset, list(PRESETS))}")
+        raise ValueError(f"optim_args={given!r}: {unknown_name('preset', preset, list(PRESETS))}")
     if "config" in settings:
-        raise ValueError(f"optim_args={text!r}: preset and config exclude each other: write the preset into the file.")
+        raise ValueError(
+            f"optim_args={given!r}: preset and config exclude each other: write the preset into the file."
+        )
     return PRESETS[preset] | settings
+
+
+def _entries(given: Any) -> Iterator[tuple[str, Any]]:
+    """Key and value of each entry of `optim_args`, as given."""
+    if isinstance(given, Mapping):
+        yield from ((str(name), value) for name, value in given.items())
+        return
+    texts = [given or ""] if given is None or isinstance(given, str) else given
+    if not isinstance(texts, Sequence):
+        raise ValueError(
+            f"optim_args={given!r} is not valid: it must be text such as 'rank=128, alpha=0.25', a list of such "
+            "texts, or a mapping."
+        )
+    for text in texts:
+        for entry in str(text).split(",") if str(text).strip() else []:
+            name, equals, value = (part.strip() for part in entry.partition("="))
+            if not (name and equals and value):
+                raise ValueError(f"optim_args={given!r}: {entry.strip()!r} is not of the form key=value.")
+            yield name, value
 
 
 def _trainer_targets(model: nn.Module, targets: Any) -> str:
@@ -326,18 +349,22 @@ def _trainer_targets(model: nn.Module, targets: Any) -> str:
 
     A string is one already. An entry of a list is a part of the name, or a regular expression for all of it.
     """
-    if not isinstance(targets, (str, list)) or not targets:
+    targets = plain(targets)
+    names = [targets] if isinstance(targets, str) else targets
+    if not isinstance(names, list) or not names or not all(isinstance(entry, str) and entry for entry in names):
         raise ValueError(
             f"optim_target_modules={targets!r} must be 'all-linear', a regular expression, or a list of names."
         )
     layers = linear_layers(model)
-    for entry in [targets] if isinstance(targets, str) else targets:
+    for entry in names:
         probe = entry if isinstance(targets, str) else [entry]
         found = [layer for layer in layers if check_target_module_exists(probe, layer.name)]
         if not any(layer.weight.requires_grad for layer in found):
             why = "matches only frozen weights" if found else "matches no linear layer"
-            if not found and any(w.is_experts and check_target_module_exists(probe, w.name) for w in weights(model)):
-                why = f"{why} but stacked experts, which target_parameters of a FiraConfig names (config=PATH)"
+            matched = functools.partial(check_target_module_exists, probe)
+            setting = "target_parameters of a FiraConfig (config=PATH)"
+            if hint := other_than_linear(weights(model), matched, setting):
+                raise ValueError(f"optim_target_modules: {entry!r} {why}, but {hint}.")
             raise unmatched("optim_target_modules", probe, why, layers)
     if isinstance(targets, str):
         return targets

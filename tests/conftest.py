@@ -89,6 +89,14 @@ def trainer_settings(**arguments) -> dict:
     return defaults | arguments
 
 
+def trainer_groups(model, optim: str, targets, folder: Path) -> list[dict]:
+    """Parameter groups of the optimizer that the Trainer makes for these `optim_target_modules`."""
+    from transformers import Trainer, TrainingArguments
+
+    args = TrainingArguments(**trainer_settings(output_dir=str(folder), optim=optim, optim_target_modules=targets))
+    return Trainer(model=model, args=args).create_optimizer().param_groups
+
+
 FAREWELL = """
 import os, sys
 import torch.distributed as dist

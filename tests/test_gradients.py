@@ -212,6 +212,19 @@ def test_gradient_whose_square_overflows_does_no_harm(projected, size):
         assert not any(v.isnan().any() for v in optimizer.state.get(parameter, {}).values() if torch.is_tensor(v)), t
 
 
+@pytest.mark.parametrize("projected", [True, False])
+def test_a_gradient_counts_as_long_as_the_square_of_its_norm_is_finite(projected):
+    """Beyond, Adam's second moment would be infinite, and the weight stand still for ever."""
+    parameter = weight((40, 24))
+    optimizer = make(parameter, projected)
+    made = 0
+    for size, counts in ((1e20, False), (1e18, True), (1e20, False)):
+        before, made = parameter.detach().clone(), made + counts
+        step(optimizer, parameter, torch.zeros(40, 24).index_fill_(0, torch.tensor(3), size))
+        assert torch.equal(parameter, before) != counts
+        assert optimizer.state.get(parameter, {}).get("step", 0) == made
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("at", [0, 5, 7])
 def test_residual_that_is_zero_once_does_not_lock_the_limiter(at, shape):

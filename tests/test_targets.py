@@ -23,14 +23,13 @@ from transformers import (
     GptOssForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
-    Trainer,
-    TrainingArguments,
 )
 from transformers.pytorch_utils import Conv1D
 
-from conftest import build_llama, build_mixtral
+from conftest import build_llama, build_mixtral, trainer_groups
 from fira_hf import FiraConfig
-from fira_hf.targets import find_targets, weights
+from fira_hf.layers import weights
+from fira_hf.targets import find_targets
 
 
 def build_gpt2():
@@ -440,13 +439,6 @@ def galore():
         sys.modules["galore_torch"] = galore_torch
 
 
-def trainer_groups(model, optim, targets, tmp_path):
-    args = TrainingArguments(
-        output_dir=str(tmp_path), report_to="none", use_cpu=True, optim=optim, optim_target_modules=targets
-    )
-    return Trainer(model=model, args=args).create_optimizer().param_groups
-
-
 @pytest.mark.parametrize(
     "targets",
     [
@@ -503,57 +495,6 @@ def test_the_trainers_rule_where_one_name_ends_another(targets, tmp_path, galore
         for optim in ("galore_adamw", "fira")
     ]
     assert chosen[0] == chosen[1]
-
-
-# --------------------------------------------------------------------------- LoRA under PEFT
-
-
-def build_lora(**settings):
-    return get_peft_model(build_llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **settings))
-
-
-@pytest.mark.parametrize(
-    ("targets", "parts"),
-    [
-        ("all-linear", ("lora_A", "lora_B")),
-        (["q_proj"], ("q_proj.lora_A", "q_proj.lora_B")),
-        (["lora_A"], ("lora_A",)),
-        (["q_proj", "lora_B"], ("q_proj.lora_A", "lora_B")),
-        (r".*v_proj", ("v_proj.lora_A", "v_proj.lora_B")),
-    ],
-    ids=str,
-)
-def test_under_a_peft_model_the_adapter_matrices_are_chosen(targets, parts):
-    model = build_lora()
-    chosen = {id(entry.parameter) for entry in find_targets(model, FiraConfig(target_modules=targets)).projected}
-    expected = {
-        name for name, p in model.named_parameters() if p.requires_grad and any(part in name for part in parts)
-    }
-    assert {name for name, p in model.named_parameters() if id(p) in chosen} == expected
-
-
-@pytest.mark.parametrize(
-    ("targets", "parts"),
-    [(None, ("lora_",)), (["q_proj"], ("q_proj.lora_",)), (["lora_A"], ("lora_A",)), (["attn"], ("lora_",))],
-    ids=str,
-)
-def test_under_a_peft_model_in_the_trainer(targets, parts, tmp_path):
-    model = build_lora()
-    groups = trainer_groups(model, "fira", targets, tmp_path)
-    chosen = {id(p) for group in groups if "rank" in group for p in group["params"]}
-    expected = {
-        name for name, p in model.named_parameters() if p.requires_grad and any(part in name for part in parts)
-    }
-    assert {name for name, p in model.named_parameters() if id(p) in chosen} == expected
-
-
-def test_a_trainable_copy_of_the_head_stays_dense():
-    model = build_lora(modules_to_save=["lm_head"])
-    plan = find_targets(model, FiraConfig())
-    head = [p for name, p in model.named_parameters() if "lm_head" in name and p.requires_grad]
-    assert len(head) == 1
-    assert all(entry.parameter is not head[0] for entry in plan.projected)
-    assert any(entry.parameter is head[0] and entry.reason for entry in plan.skipped)
 
 
 # --------------------------------------------------------------------------- what is left out, and why
@@ -641,61 +582,6 @@ def test_the_meta_device_gives_the_same_plan():
     assert names[0] == names[1]
 
 
-# --------------------------------------------------------------------------- errors
-
-
-@pytest.mark.parametrize(
-    ("targets", "named", "near"),
-    [
-        (["q_porj"], "'q_porj'", "q_proj"),
-        (["q_proj", "mlp.donw_proj"], "donw_proj", "down_proj"),
-        (r".*\.q_porj", "q_porj", "q_proj"),
-        (["model.layers.7.self_attn.q_proj"], "layers.7", "model.layers.1.self_attn.q_proj"),
-    ],
-    ids=str,
-)
-def test_an_unmatched_entry_is_named_with_real_names_nearby(targets, named, near):
-    with pytest.raises(ValueError) as refused:
-        find_targets(build_llama(), FiraConfig(target_modules=targets))
-    message = str(refused.value)
-    assert named in message
-    assert near in message.replace(named, "")
-
-
-@pytest.mark.parametrize("targets", [["q_porj"], ["q_proj", "donw_proj"], r".*q_porj"], ids=str)
-def test_the_trainer_refuses_an_unmatched_entry_too(targets, tmp_path):
-    with pytest.raises(ValueError, match="q_porj|donw_proj"):
-        trainer_groups(build_llama(), "fira", targets, tmp_path)
-
-
-def test_an_entry_that_finds_only_frozen_weights_says_so():
-    model = build_llama()
-    for layer in model.model.layers:
-        layer.self_attn.q_proj.requires_grad_(False)
-    with pytest.raises(ValueError, match="(?s)'q_proj'.*frozen"):
-        find_targets(model, FiraConfig(target_modules=["q_proj", "k_proj"]))
-
-
-def test_a_wholly_frozen_model_says_so():
-    model = build_llama().requires_grad_(False)
-    with pytest.raises(ValueError, match="no trainable linear layer|frozen"):
-        find_targets(model, FiraConfig())
-
-
-@pytest.mark.parametrize("target", ["embed_tokens", "input_layernorm", "self_attn", "act_fn"])
-def test_a_target_that_is_no_linear_layer_says_so(target):
-    with pytest.raises(ValueError) as refused:
-        find_targets(build_llama(), FiraConfig(target_modules=["q_proj", target]))
-    assert repr(target) in str(refused.value)
-    assert "linear" in str(refused.value).lower()
-
-
-def test_a_model_without_linear_layers_says_so():
-    model = nn.Sequential(nn.Embedding(8, 4), nn.LayerNorm(4))
-    with pytest.raises(ValueError, match="(?i)linear"):
-        find_targets(model, FiraConfig())
-
-
 def test_excluding_what_is_frozen_anyway_is_no_error():
     """The exclusion is met; PEFT accepts it, too."""
     model = build_llama()
@@ -709,25 +595,6 @@ def test_all_linear_takes_layers_to_transform():
     assert projected_modules(model, FiraConfig(layers_to_transform=1)) == {
         name for name in peft_modules(model, target_modules="all-linear") if ".layers.1." in name
     }
-
-
-def test_flattened_weights_are_refused():
-    """As FSDP1 and DeepSpeed leave them in their layers."""
-    model = build_llama()
-    layer = model.model.layers[0].mlp.up_proj
-    layer.weight = nn.Parameter(layer.weight.detach().flatten())
-    with pytest.raises(ValueError, match=r"up_proj has a weight of shape \(2560,\).*Use DDP or fully_shard"):
-        find_targets(model, FiraConfig())
-
-
-def test_excluding_everything_is_an_error():
-    with pytest.raises(ValueError, match="exclude_modules"):
-        find_targets(build_llama(), FiraConfig(target_modules=["q_proj"], exclude_modules=["q_proj"]))
-
-
-def test_layers_that_do_not_exist_are_an_error():
-    with pytest.raises(ValueError, match="layers_to_transform"):
-        find_targets(build_llama(), FiraConfig(target_modules=["q_proj"], layers_to_transform=[7]))
 
 
 def test_what_holds_a_weight_compares_without_looking_at_it():
