@@ -18,17 +18,13 @@ from .config import LAYERWISE, FiraConfig
 from .distributed import local
 from .optimizer import FiraAdamW
 from .targets import Target, find_targets
+from .wrappers import unwrapped
 
 # What is known of a step for each matrix; see `analysis.Measurement`.
 OF_MATRIX = ("phi", "captured_energy", "residual_norm", "limiter")
 # Rows of which a matrix's scaling factors are kept, as in the paper.
 SAMPLED = 100
 HEADER, ROWS = "analysis.json", "analysis.npy"
-
-
-def unwrapped(optimizer: Any) -> Any:
-    """The optimizer in accelerate's wrapper, as the Trainer hands it to callbacks."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 class FiraCallback(TrainerCallback):

@@ -380,7 +380,9 @@ def test_reentrant_checkpointing_of_a_shared_weight_is_an_error():
     step_in_backward(optimizer)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         loss(use_reentrant=True).backward()
-    optimizer.step()
+    with pytest.raises(RuntimeError, match="broken off"):
+        optimizer.step()
+    optimizer.load_state_dict({"state": {}, "param_groups": optimizer.param_groups})
     loss(use_reentrant=False).backward()
 
 
@@ -427,6 +429,7 @@ import fira_hf
 from conftest import build_llama, build_tokens, trainer_settings
 from fira_hf import FiraAdamW
 from fira_hf.layerwise import step_in_backward
+from trials import search
 
 torch.set_num_threads(1)
 output = sys.argv[1]
@@ -449,6 +452,17 @@ def train(optim, model=None, resume=None):
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     return {"weights": of_each, "norms": norms, "wrapped": wrapped}
 
+def searched(names):
+    args = TrainingArguments(optim="adamw_torch", **(settings | {"save_strategy": "no"}))
+    trainer = Trainer(model_init=lambda: build_llama(), args=args, train_dataset=build_tokens())
+
+    def after(trainer):
+        wrapped = isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+        norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        return {"weights": flat(trainer.model.parameters()), "norms": norms, "wrapped": wrapped}
+
+    return search(trainer, [{"optim": name} for name in names], after)
+
 def error(function):
     try:
         function()
@@ -460,6 +474,7 @@ model = build_llama(seed=dist.get_rank())  # made equal to that of the first pro
 found["layerwise"] = train("fira_layerwise", model)
 found["resumed"] = train("fira_layerwise", resume=f"{output}/checkpoint-4")
 found["again"] = train("fira", model)
+found["trials"] = searched(["fira_layerwise", "fira", "fira_layerwise", "adamw_torch"])
 
 def no_group():
     step_in_backward(FiraAdamW(nn.Linear(4, 4).parameters()))
@@ -494,6 +509,13 @@ def test_two_processes(tmp_path):
     assert torch.equal(layerwise, resumed)
     # DDP is back for the next Trainer of the same model
     assert [found[run]["wrapped"] for run in ("fira", "layerwise", "again")] == [True, False, True]
+    # trials of a search are as trainings of their own, each with its own optimizer, wrapped or not
+    first, second = found["trials"], of_second["trials"]
+    assert all(torch.equal(mine["weights"], other["weights"]) for mine, other in zip(first, second, strict=True))
+    assert [trial["wrapped"] for trial in first] == [False, True, False, True]
+    assert torch.equal(first[0]["weights"], first[2]["weights"]) and first[0]["norms"] == first[2]["norms"]
+    assert (first[0]["weights"] - first[1]["weights"]).norm() <= 1e-5 * (first[1]["weights"] - start).norm()
+    assert first[0]["norms"] == pytest.approx(first[1]["norms"], rel=1e-5) and min(first[0]["norms"]) > 0
     no_group, at_first, later = of_second["errors"]
     assert "group=None" in no_group and found["errors"][0] == no_group
     assert "order" in at_first and found["errors"][1] == at_first
