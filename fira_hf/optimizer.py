@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,6 +18,8 @@ from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig, check_setti
 from .distributed import agree, local, sharded_like
 from .refresh import refresh
 from .state import Matrix, batches, create_state, first_states, matrices_of, refresh_in, rounding_generator
+
+logger = logging.getLogger(__name__)
 
 ADAM_SETTINGS = ("lr", "betas", "eps", "weight_decay")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,6 +92,12 @@ class FiraAdamW(torch.optim.Optimizer):
         # them and broadcast. None: every process finds all bases.
         self.process_group: ProcessGroup | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        if not any("rank" in group for group in self.param_groups):
+            logger.warning(
+                "FiraAdamW projects nothing and is plain AdamW, since no parameter group has a 'rank': make it by "
+                "get_fira_optimizer(model, FiraConfig(...)), or by what Trainer.get_optimizer_cls_and_kwargs(args, "
+                'model) gives for optim="fira", or give groups of matrices a rank.'
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("config", "summary", "track_statistics", "_sums")
