@@ -81,6 +81,51 @@ def test_wrapped_optimizers(wrap):
     assert torch.equal(*runs)
 
 
+@pytest.mark.parametrize("hooks_first", [True, False])
+def test_a_loop_of_accelerate(tmp_path, hooks_first):
+    """With accumulation; a step that was broken off cannot be saved, and `load_state` makes it good."""
+    runs = []
+    for breaks in (False, True):
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = build_llama()
+        optimizer = get_fira_optimizer(model, FiraConfig(rank=4, update_proj_gap=2, lr=1e-2))
+        if not hooks_first:
+            optimizer = accelerator.prepare(optimizer)
+        step_in_backward(optimizer, when=lambda a=accelerator: a.sync_gradients)
+        model, optimizer = accelerator.prepare(model, optimizer)
+
+        def train(row, accelerator=accelerator, model=model, optimizer=optimizer):
+            tokens = row["input_ids"][None]
+            with accelerator.accumulate(model):
+                accelerator.backward(model(input_ids=tokens, labels=tokens).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def fails(_):
+            raise RuntimeError("out of memory")
+
+        first, second = build_tokens(4), build_tokens(4, seed=5)
+        for row in first:
+            train(row)
+        accelerator.save_state(str(tmp_path))
+        if breaks:
+            train(second[0])
+            handle = model.model.layers[0].mlp.up_proj.weight.register_hook(fails)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                train(second[1])
+            handle.remove()
+            with pytest.raises(RuntimeError, match="broken off"):
+                accelerator.save_state(str(tmp_path / "half"))
+            with pytest.raises(RuntimeError, match="broken off"):
+                optimizer.step()
+            accelerator.load_state(str(tmp_path))
+            model.zero_grad()
+        for row in second:
+            train(row)
+        runs.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.equal(*runs)
+
+
 class Closed(nn.Parameter):
     """A weight that takes no hook."""
 
