@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.utils.checkpoint
+from accelerate import Accelerator
 from torch import nn
 
 from conftest import build_llama, build_tokens
@@ -71,6 +72,7 @@ GO_ON = {
     "step after zero_grad": lambda model, optimizer, hooks: (optimizer.zero_grad(), optimizer.step()),
     "backward": lambda model, optimizer, hooks: backward(model, build_tokens(1)[0]),
     "save": lambda model, optimizer, hooks: optimizer.state_dict(),
+    "prepare": lambda model, optimizer, hooks: Accelerator(cpu=True).prepare(optimizer),
     "without hooks": lambda model, optimizer, hooks: (hooks.remove(), optimizer.step()),
     "save without hooks": lambda model, optimizer, hooks: (hooks.remove(), optimizer.state_dict()),
     "new hooks": lambda model, optimizer, hooks: (hooks.remove(), step_in_backward(optimizer)),
