@@ -5,8 +5,9 @@ from .config import PUBLISHED, FiraConfig
 from .factory import get_fira_optimizer
 from .optimizer import FiraAdamW
 from .trainer import register
+from .wrappers import unwrapped
 
 __version__ = "0.1.0"
-__all__ = ["PUBLISHED", "FiraAdamW", "FiraCallback", "FiraConfig", "get_fira_optimizer", "register"]
+__all__ = ["PUBLISHED", "FiraAdamW", "FiraCallback", "FiraConfig", "get_fira_optimizer", "register", "unwrapped"]
 
 register()

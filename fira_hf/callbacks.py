@@ -14,21 +14,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .analysis import check_matrix, measure, sample_rows
-from .config import LAYERWISE, FiraConfig
+from .config import LAYERWISE, FiraConfig, plain_name
 from .distributed import local
 from .optimizer import FiraAdamW
 from .targets import Target, find_targets
+from .wrappers import unwrapped
 
 # What is known of a step for each matrix; see `analysis.Measurement`.
 OF_MATRIX = ("phi", "captured_energy", "residual_norm", "limiter")
 # Rows of which a matrix's scaling factors are kept, as in the paper.
 SAMPLED = 100
 HEADER, ROWS = "analysis.json", "analysis.npy"
-
-
-def unwrapped(optimizer: Any) -> Any:
-    """The optimizer in accelerate's wrapper, as the Trainer hands it to callbacks."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 class FiraCallback(TrainerCallback):
@@ -126,12 +122,13 @@ class AnalysisCallback(TrainerCallback):
             if p not in groups:
                 continue
             check_matrix(p, groups[p])
-            rows = sample_rows(target.name, max(p.shape), SAMPLED)
+            name = plain_name(target.name)
+            rows = sample_rows(name, max(p.shape), SAMPLED)
             self._targets.append((target, rows.to(p.device)))
             rank = min(groups[p]["rank"], *p.shape) if "rank" in groups[p] else None
             # Enough to tell whether two runs began with the same weights.
             first = p.detach().flatten()[:4].tolist()
-            described = {"name": target.name, "shape": list(p.shape), "rank": rank, "rows": rows.tolist()}
+            described = {"name": name, "shape": list(p.shape), "rank": rank, "rows": rows.tolist()}
             header["matrices"].append(described | {"initial": first})
         if state.is_world_process_zero:
             self._open(Path(str(args.output_dir)), header, state)

@@ -30,7 +30,8 @@ def get_fira_optimizer(model: nn.Module, config: FiraConfig | None = None) -> Fi
 
     Weight decay spares what the Trainer spares: biases and normalisation layers. The optimizer's `summary` says what
     is projected, what is not and why. The processes of a model in `DistributedDataParallel` share the work of finding
-    bases; where the model is wrapped later, set the optimizer's `process_group` for that.
+    bases; where the model is wrapped later, set the optimizer's `process_group` for that (once accelerate or Lightning
+    have wrapped the optimizer, that of `unwrapped(optimizer)`).
 
     Raises:
         ValueError: the config does not fit the model; see `find_targets`.

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Variable
 
 from .optimizer import FiraAdamW
 from .state import first_states
+from .wrappers import unwrapped
 
 END = -1  # what the processes compare at the end of a step, where in backward it is the place of a weight
 
@@ -23,12 +25,21 @@ class StepInBackward:
         self._first: dict[Any, dict[str, Any]] | None = None
         # The norm of the gradient of each weight that has been stepped since the last `optimizer.step()`.
         self._norms: dict[Any, Tensor] = {}
+        # Whether a backward pass that has stepped weights has not ended: it runs, or something broke it off.
+        self._is_open = False
         # Weight -> its group and its place among all. Not the group itself: load_state_dict makes new ones.
         owners = [(p, g) for g, owner in enumerate(optimizer.param_groups) for p in owner["params"]]
         self._weights = {p: (g, place) for place, (p, g) in enumerate(owners)}
         # Places of the weights in the order in which the first backward reached them, on every process.
         self._order: list[int] = []
         self._order_is_known = False
+        for hook in optimizer._optimizer_step_pre_hooks.values():
+            earlier = getattr(hook, "__self__", None)
+            if isinstance(earlier, StepInBackward):
+                earlier._refuse_half_a_step()
+                raise ValueError(
+                    "The weights of this optimizer are stepped in backward already: remove() comes first."
+                )
         for p in self._weights:
             if hasattr(p, "device_mesh"):
                 raise ValueError(
@@ -43,14 +54,36 @@ class StepInBackward:
         if group is not None:
             for p in self._weights:  # as DDP does
                 dist.broadcast(p.detach(), dist.get_global_rank(group, 0), group)
-        self._handles: list[Any] = [p.register_post_accumulate_grad_hook(self._step) for p in self._weights]
-        self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-        self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        # Last, so that an error leaves none behind.
+        self._of_weights: list[Any] = []
+        try:
+            for p in self._weights:
+                if p.requires_grad:  # torch takes no hook on another
+                    self._of_weights.append(p.register_post_accumulate_grad_hook(self._step))
+        except BaseException:
+            for handle in self._of_weights:
+                handle.remove()
+            raise
+        self._of_steps = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_pre_hook(self._refuse_half_a_step),
+        ]
+        self._of_loading = optimizer.register_load_state_dict_post_hook(self._after_loading)
 
     def remove(self) -> None:
-        """Takes the hooks off. From then on `optimizer.step()` steps all weights, as without them."""
-        for handle in self._handles:
+        """Takes the hooks off. From then on `optimizer.step()` steps all weights, as without them.
+
+        Between a backward pass and `optimizer.step()` that would leave half a step: then the optimizer refuses to step
+        and to give its state until one is loaded.
+        """
+        for handle in self._of_weights:
             handle.remove()
+        self._of_weights.clear()
+        self._is_open |= bool(self._norms)
+        if not self._is_open:
+            for handle in [*self._of_steps, self._of_loading]:
+                handle.remove()
 
     def grad_norm(self, parameters: Iterable[Tensor]) -> Tensor:
         """The norm (0-dim) of all gradients of this step, those that are gone included; before `optimizer.step()`."""
@@ -68,12 +101,18 @@ class StepInBackward:
     def _step(self, p: Any) -> None:
         if not self._when():
             return
+        if not self._is_open:
+            for owner in self._optimizer.param_groups:
+                self._optimizer.check_step(owner, [weight for weight in owner["params"] if weight.requires_grad])
+            # What torch calls when a backward pass ends, and does not where an error breaks it off.
+            self._is_open = True
+            Variable._execution_engine.queue_callback(self._after_backward)
         if p in self._norms:
             raise RuntimeError(
                 f"A second gradient came to a weight of shape {tuple(p.shape)} that has been stepped, before "
                 "optimizer.step(): with several backward passes a step say by when=... which is the last, with "
                 "reentrant checkpointing of a weight that several layers share set use_reentrant=False, otherwise do "
-                "without layerwise."
+                "without layerwise. After a backward pass that was broken off, load the last checkpoint."
             )
         group, place = self._weights[p]
         if self._group is not None:
@@ -82,14 +121,26 @@ class StepInBackward:
         if is_new and self._first is None:
             self._first = first_states(self._optimizer.param_groups)
         owner = self._optimizer.param_groups[group]
-        self._optimizer._step_parameters(owner, [p], self._first if is_new else None)
         self._norms[p] = torch.linalg.vector_norm(p.grad)
+        self._optimizer._step_parameters(owner, [p], self._first if is_new else None)
         p.grad = None
 
+    def _after_backward(self) -> None:
+        self._is_open = False
+
+    def _refuse_half_a_step(self, *_: Any) -> None:
+        if self._is_open:
+            raise RuntimeError(
+                f"{len(self._norms)} of {len(self._weights)} weights were stepped in a backward pass that was broken "
+                "off, or that no optimizer.step() followed. Load weights and optimizer from the last checkpoint (in "
+                "the Trainer: resume_from_checkpoint=...), or begin with a new model and a new optimizer."
+            )
+
     def _before_step(self, *_: Any) -> None:
+        self._refuse_half_a_step()
         if self._group is not None:
             self._check_order(END)
-            left = [p for p in self._weights if p.grad is not None]
+            left = [p for owner in self._optimizer.param_groups for p in owner["params"] if p.grad is not None]
             if left:
                 raise RuntimeError(
                     f"{len(left)} weights have gradients of this process alone, since the last backward pass of the "
@@ -97,8 +148,20 @@ class StepInBackward:
                 )
 
     def _after_step(self, *_: Any) -> None:
+        self._refuse_half_a_step()  # of a closure that went on after an error
         self._norms.clear()
         self._first = None
+
+    def _after_loading(self, *_: Any) -> None:
+        """With the weights, which come from the same checkpoint, the step that was broken off is gone."""
+        self._is_open = False
+        self._norms.clear()
+        self._first = None
+        if not self._order_is_known:
+            self._order.clear()
+        if not self._of_weights:
+            for handle in self._of_steps:
+                handle.remove()
 
     def _average(self, p: Any, place: int) -> None:
         self._check_order(place)
@@ -126,7 +189,7 @@ class StepInBackward:
 
 
 def step_in_backward(
-    optimizer: FiraAdamW, when: Callable[[], bool] = lambda: True, group: dist.ProcessGroup | None = None
+    optimizer: Any, when: Callable[[], bool] = lambda: True, group: dist.ProcessGroup | None = None
 ) -> StepInBackward:
     """Makes `backward()` step each weight of the optimizer when its gradient is complete, and free the gradient.
 
@@ -136,10 +199,16 @@ def step_in_backward(
 
     What needs all gradients at once cannot work: clipping by their global norm, and `GradScaler`, whose step raises.
     A weight whose gradient is not finite is passed over by itself, also in a group without `rank`, which
-    `FiraAdamW.step` would pass over as a whole.
+    `FiraAdamW.step` would pass over as a whole. A weight that is frozen now, or added later, is left to
+    `optimizer.step()`, which with a group is an error.
+
+    An error inside backward leaves some weights a step ahead of the others. From then on the optimizer refuses to step
+    and to give its state until one is loaded: load the weights from the same checkpoint. (With reentrant checkpointing
+    and no layer outside of it, an error between two of its segments is noticed only by the next backward.)
 
     Args:
-        optimizer: its state and its settings are those of ordinary steps, as are its checkpoints.
+        optimizer: as it is, or as accelerate's `prepare` or Lightning wrapped it. Its state and its settings are those
+            of ordinary steps, as are its checkpoints.
         when: asked for each gradient, says whether this backward pass is the last of its step. Where several
             micro-batches are accumulated, `lambda: accelerator.sync_gradients`; the gradients of all weights are held
             from the first micro-batch to the last.
@@ -151,8 +220,12 @@ def step_in_backward(
         What takes the hooks off again (`remove()`) and knows the norm of the gradients (`grad_norm(parameters)`).
 
     Raises:
-        ValueError: a weight is sharded, or there are several processes and no group.
-        RuntimeError, in backward or `optimizer.step()`: a weight gets a gradient after it was stepped, or the
-            processes of the group do not reach the same weights in the same order.
+        ValueError: it is another optimizer, its weights are stepped in backward already, a weight is sharded, or there
+            are several processes and no group.
+        RuntimeError, in backward or `optimizer.step()`: a weight gets a gradient after it was stepped, a backward pass
+            was broken off, or the processes of the group do not reach the same weights in the same order.
     """
-    return StepInBackward(optimizer, when, group)
+    inner = unwrapped(optimizer)
+    if not isinstance(inner, FiraAdamW):
+        raise ValueError(f"step_in_backward steps FiraAdamW, but it was given {type(inner).__name__}.")
+    return StepInBackward(inner, when, group)

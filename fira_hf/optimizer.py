@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,13 +23,15 @@ from .state import (
     batches,
     create_state,
     first_states,
-    gradient_misfit,
     loaded_state,
     matrices_of,
+    misfit,
     rounding_generator,
     rounds_at_random,
     state_misfit,
 )
+
+logger = logging.getLogger(__name__)
 
 STATISTICS = ("limiter_active", "captured_energy", "residual_share")
 
@@ -102,6 +105,12 @@ class FiraAdamW(torch.optim.Optimizer):
         # them and broadcast. None: every process finds all bases.
         self.process_group: ProcessGroup | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        if not any("rank" in group for group in self.param_groups):
+            logger.warning(
+                "FiraAdamW projects nothing and is plain AdamW, since no parameter group has a 'rank': make it by "
+                "get_fira_optimizer(model, FiraConfig(...)), or by what Trainer.get_optimizer_cls_and_kwargs(args, "
+                'model) gives for optim="fira", or give groups of matrices a rank.'
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("config", "summary", "track_statistics", "_sums")
@@ -138,7 +147,7 @@ class FiraAdamW(torch.optim.Optimizer):
         return loss
 
     def check_step(self, group: dict[str, Any], parameters: list[Any]) -> None:
-        """Whether these parameters of a group, each with a gradient, can be stepped. Reads no data, writes nothing.
+        """Whether these parameters of a group can be stepped with the gradients they have. Reads and writes no data.
 
         torch's kernels do not look at shapes: what does not fit would be written past its end.
 
@@ -148,14 +157,14 @@ class FiraAdamW(torch.optim.Optimizer):
             ValueError: the group cannot train the weight, whose dtype or shape has changed.
         """
         for p in parameters:
-            if p.grad.is_sparse:
+            if p.grad is not None and p.grad.is_sparse:
                 raise RuntimeError("FiraAdamW does not take sparse gradients: use sparse=False in the embedding.")
             if "rank" in group and p.ndim not in (2, 3):
                 raise RuntimeError(
                     "FiraAdamW cannot project flattened weights (FSDP1, DeepSpeed): use DDP or fully_shard."
                 )
             check_weight(p, group)
-            problem = gradient_misfit(p) or state_misfit(p, self.state.get(p, {}), group)
+            problem = misfit(p) or state_misfit(p, self.state.get(p, {}), group)
             if problem is not None:
                 raise RuntimeError(
                     f"{name_of(p, group)} of shape {tuple(p.shape)} {problem}. Nothing was changed in this step. "

@@ -104,11 +104,14 @@ def _shapes(
     return {**moments, "basis": (*stack, short, r), "residual_norm": stack, "step": stack}
 
 
-def gradient_misfit(p: Any) -> str | None:
-    """What keeps a weight's gradient from being used, as the end of a sentence; None: nothing. Reads no data."""
-    data, grad = local(p.data), local(p.grad)
+def misfit(p: Any) -> str | None:
+    """What keeps a weight or its gradient from being used, as the end of a sentence; None: nothing. Reads no data."""
+    data = local(p.data)
     if data.device.type == "meta":
         return "has no data, it is on the meta device"
+    if p.grad is None:
+        return None
+    grad = local(p.grad)
     if p.grad.shape != p.shape or grad.shape != data.shape:
         return f"has a gradient of another shape, {tuple(p.grad.shape)}"
     if grad.device != data.device or grad.layout != torch.strided or not grad.dtype.is_floating_point:

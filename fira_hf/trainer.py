@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +18,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import OptimizerNames, ParallelMode
 
-from .callbacks import unwrapped
 from .config import ALL_LINEAR, LAYERWISE, PUBLISHED, FiraConfig, plain, unknown_name
 from .factory import build_optimizer
 from .layers import linear_layers, weights
 from .layerwise import StepInBackward, step_in_backward
 from .optimizer import FiraAdamW
 from .targets import find_targets, other_than_linear, unmatched
+from .wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,9 @@ def register() -> None:
             )
         replicas = args.parallel_mode is ParallelMode.DISTRIBUTED and not is_sharded
         return TrainerFira, {
+            "lr": config.lr,
+            "betas": config.betas,
+            "eps": config.eps,
             "module": model,
             "config": config,
             "process_group": dist.group.WORLD if replicas else None,
@@ -104,13 +108,16 @@ def register() -> None:
 
     @functools.wraps(original_train)
     def train(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-        if trainer.args.optim != LAYERWISE:
+        # Not before the loop has a trial of hyperparameter_search its arguments, `optim` among them, and accelerator.
+        loop = trainer._inner_training_loop
+
+        @functools.wraps(loop)
+        def layerwise_or_not(*args: Any, **kwargs: Any) -> Any:
+            with Layerwise(trainer) if trainer.args.optim == LAYERWISE else contextlib.nullcontext():
+                return loop(*args, **kwargs)
+
+        with _replaced(trainer, _inner_training_loop=layerwise_or_not):
             return original_train(trainer, *args, **kwargs)
-        layerwise = Layerwise(trainer)
-        try:
-            return original_train(trainer, *args, **kwargs)
-        finally:
-            layerwise.end()
 
     Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)  # type: ignore
     Trainer.train = train  # type: ignore
@@ -128,56 +135,92 @@ def _add_name(name: str) -> None:
     type.__setattr__(OptimizerNames, member._name_, member)
 
 
+@contextlib.contextmanager
+def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Sets attributes of one object. Afterwards it has those of before, or none and shows those of its class."""
+    before = {name: vars(owner)[name] for name in attributes if name in vars(owner)}
+    vars(owner).update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del vars(owner)[name]
+        vars(owner).update(before)
+
+
 class TrainerFira(FiraAdamW):
     """What the Trainer calls with its own groups (decay, no decay) to get a `FiraAdamW`.
 
     The Trainer takes a class and arguments, and wants a subclass of `Optimizer`; the object is built in one place for
     all users, so this class makes none of its own.
+
+    `lr`, `betas`, `eps` and `weight_decay`, where given, replace those of the config; a group's own go before both.
     """
 
     def __new__(  # type: ignore[misc]
         cls,
-        params: list[dict[str, Any]],
+        params: Iterable[Any],
         module: nn.Module,
         config: FiraConfig,
         process_group: dist.ProcessGroup | None,
+        lr: float | None = None,
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
+        weight_decay: float | None = None,
     ) -> FiraAdamW:
-        optimizer = build_optimizer(module, config, params)
+        given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        own: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        optimizer = build_optimizer(module, replace(config, **own), params)
         optimizer.process_group = process_group
         return optimizer
 
 
 class Layerwise(TrainerCallback):
-    """One training in which the weights are stepped inside backward. Afterwards model and Trainer are as before.
+    """A context in which a Trainer steps the weights inside backward. Afterwards it and its model are as before.
 
-    Raises:
-        ValueError: gradients are scaled (fp16), or the optimizer that was passed to the Trainer is another one.
+    Raises, on entry or when training begins:
+        ValueError: gradients are scaled (fp16), the Trainer would go on from half a step (auto_find_batch_size) or
+            save one (enable_jit_checkpoint), or the optimizer that was passed to the Trainer is another one.
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        accelerator = trainer.accelerator
-        if trainer.args.fp16 or accelerator.scaler is not None:
+        self._trainer, self._accelerator = trainer, trainer.accelerator
+        self._hooks: StepInBackward | None = None
+        self._group = dist.group.WORLD if trainer.args.parallel_mode is ParallelMode.DISTRIBUTED else None
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        args, accelerator = self._trainer.args, self._accelerator
+        if args.fp16 or accelerator.scaler is not None:
             raise ValueError(
                 f"optim={LAYERWISE!r} cannot train with fp16=True: inside backward the gradients are scaled, and "
                 'whether they overflow is not known yet. Set bf16=True instead, or optim="fira".'
             )
-        if trainer.args.max_grad_norm and trainer.is_world_process_zero():
+        if args.auto_find_batch_size:
+            raise ValueError(
+                f"optim={LAYERWISE!r} cannot train with auto_find_batch_size=True: when memory runs out inside "
+                "backward, some weights have been stepped, and the next attempt would go on from there. Set a "
+                'per_device_train_batch_size that fits, or optim="fira".'
+            )
+        if getattr(args, "enable_jit_checkpoint", False):  # since transformers 5
+            raise ValueError(
+                f"optim={LAYERWISE!r} cannot train with enable_jit_checkpoint=True, which may save between backward "
+                'and optimizer.step(), when the weights are a step ahead. Set save_steps instead, or optim="fira".'
+            )
+        if args.max_grad_norm and self._trainer.is_world_process_zero():
             logger.warning(
                 "max_grad_norm=%s has no effect with optim=%r: the norm of all gradients is known only when the "
                 "weights have been stepped. Set max_grad_norm=0 to say so.",
-                trainer.args.max_grad_norm,
+                args.max_grad_norm,
                 LAYERWISE,
             )
-        self._trainer, self._accelerator = trainer, accelerator
-        self._hooks: StepInBackward | None = None
-        self._group: dist.ProcessGroup | None = None
-        self._originals = (accelerator.clip_grad_norm_, accelerator.prepare_model)
-        accelerator.clip_grad_norm_ = self._grad_norm
-        if trainer.args.parallel_mode == ParallelMode.DISTRIBUTED:
-            self._group = dist.group.WORLD
+        replacements: dict[str, Any] = {"clip_grad_norm_": self._grad_norm}
+        if self._group is not None:
             # Not wrapped in DDP, whose buckets would hold all gradients; the hooks average them one by one.
-            accelerator.prepare_model = functools.partial(accelerator.prepare_model, evaluation_mode=True)
-        trainer.add_callback(self)
+            replacements["prepare_model"] = functools.partial(accelerator.prepare_model, evaluation_mode=True)
+        self._undo.enter_context(_replaced(accelerator, **replacements))
+        self._trainer.add_callback(self)
+        self._undo.callback(self._trainer.remove_callback, self)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -188,20 +231,16 @@ class Layerwise(TrainerCallback):
                 f"optim={LAYERWISE!r} steps FiraAdamW, but the Trainer was given {type(optimizer).__name__}: set "
                 "another optim, or pass no optimizer."
             )
-        if self._hooks is not None:
-            self._hooks.remove()  # auto_find_batch_size begins anew
         self._hooks = step_in_backward(optimizer, lambda: self._accelerator.sync_gradients, self._group)
+        self._undo.callback(self._hooks.remove)
 
     def _grad_norm(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
         """In place of accelerate's clipping, from which the Trainer takes the norm that it logs."""
         assert self._hooks is not None
         return self._hooks.grad_norm(parameters)
 
-    def end(self) -> None:
-        if self._hooks is not None:
-            self._hooks.remove()
-        self._trainer.remove_callback(self)
-        self._accelerator.clip_grad_norm_, self._accelerator.prepare_model = self._originals
+    def __exit__(self, *_: Any) -> None:
+        self._undo.close()
         if self._group is not None:
             # accelerate has taken note that this model needs no wrapping, which holds for this training only
             self._trainer.model._is_accelerate_prepared = False  # type: ignore

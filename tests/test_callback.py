@@ -10,15 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback
 
 from conftest import build_llama
-from fira_hf import FiraCallback, FiraConfig, get_fira_optimizer
+from fira_hf import FiraCallback, FiraConfig, get_fira_optimizer, unwrapped
 
 KEYS = {"fira_limiter_active", "fira_captured_energy", "fira_residual_share", "fira_state_bytes"}
 FIRA = {"optim": "fira", "optim_args": "rank=4, update_proj_gap=3", "max_steps": 6}
-
-
-def inner(optimizer):
-    """The optimizer inside accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def training_logs(trainer) -> list[dict]:
@@ -84,11 +79,11 @@ class ByHand(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         rows = []
-        for group in inner(optimizer).param_groups:
+        for group in unwrapped(optimizer).param_groups:
             if "rank" not in group:
                 continue
             for p in group["params"]:
-                own = inner(optimizer).state[p]
+                own = unwrapped(optimizer).state[p]
                 tall = p.grad if p.shape[0] >= p.shape[1] else p.grad.T
                 G, Q = tall.double(), own["basis"].double()
                 R = G @ Q
@@ -139,7 +134,7 @@ def test_without_the_limiter_none_is_active(make_trainer):
 def test_state_bytes_are_the_bytes_of_the_state(make_trainer):
     trainer = make_trainer(callbacks=[FiraCallback()], **FIRA)
     trainer.train()
-    tensors = [v for s in inner(trainer.optimizer).state.values() for v in s.values() if torch.is_tensor(v)]
+    tensors = [v for s in unwrapped(trainer.optimizer).state.values() for v in s.values() if torch.is_tensor(v)]
     assert training_logs(trainer)[-1]["fira_state_bytes"] == sum(t.nbytes for t in tensors)
 
 
@@ -174,7 +169,7 @@ def test_every_checkpoint_has_the_config(make_trainer, tmp_path, targets):
         **FIRA,
     )
     trainer.train()
-    optimizer = inner(trainer.optimizer)
+    optimizer = unwrapped(trainer.optimizer)
     checkpoints = sorted((tmp_path / "run").glob("checkpoint-*"))
     assert [path.name for path in checkpoints] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     for checkpoint in checkpoints:
@@ -220,7 +215,7 @@ def test_no_stray_folder_where_checkpoints_lie_elsewhere(make_trainer, tmp_path)
 def test_the_summary_is_printed_once(make_trainer, capfd, settings):
     trainer = make_trainer(callbacks=[FiraCallback()], **FIRA, **settings)
     trainer.train()
-    summary = inner(trainer.optimizer).summary
+    summary = unwrapped(trainer.optimizer).summary
     printed = "".join(capfd.readouterr())
     assert len(summary.splitlines()) > 1
     assert printed.count(summary) == 1

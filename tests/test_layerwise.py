@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-import logging
 import pickle
 
 import pytest
 import torch
 import torch.utils.checkpoint
 from torch import nn
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 import fira_hf
@@ -303,87 +302,6 @@ def test_the_peak_does_not_grow_with_the_depth():
     assert [chain(depth, layerwise=True) for depth in (4, 12)] == pytest.approx([1.15, 1.15], abs=0.1)
 
 
-# --------------------------------------------------------------------------- refusals
-
-
-def test_fp16_is_refused(make_trainer):
-    trainer = make_trainer(optim=NAME, fp16=True)
-    with pytest.raises(ValueError, match=r"fp16=True.*bf16=True"):
-        trainer.train()
-
-
-def test_a_scaler_of_ones_own_is_noticed():
-    model, tokens = build_llama(), batches(1)[0]
-    optimizer = get_fira_optimizer(model, FiraConfig(rank=4))
-    step_in_backward(optimizer)
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(model(input_ids=tokens, labels=tokens).loss).backward()
-    with pytest.raises(AssertionError, match="No inf checks"):
-        scaler.step(optimizer)
-
-
-@pytest.mark.parametrize("engine", ["DeepSpeed", "FSDP"])
-def test_engines_that_shard_weights_are_refused(tmp_path, engine, monkeypatch):
-    args = TrainingArguments(**trainer_settings(output_dir=str(tmp_path), optim=NAME))
-    monkeypatch.setenv(f"ACCELERATE_USE_{engine.upper()}", "true")
-    with pytest.raises(ValueError, match=f"{NAME}.*{engine}"):
-        Trainer.get_optimizer_cls_and_kwargs(args, build_llama())
-
-
-def test_sharded_weights_are_refused():
-    class Sharded(nn.Parameter):
-        device_mesh = None
-
-    with pytest.raises(ValueError, match="sharded"):
-        step_in_backward(FiraAdamW([Sharded(torch.ones(2, 2))]))
-
-
-def test_another_optimizer_is_refused(make_trainer):
-    model = build_llama()
-    trainer = make_trainer(model, optim=NAME, optimizers=(torch.optim.SGD(model.parameters()), None))
-    with pytest.raises(ValueError, match="SGD"):
-        trainer.train()
-
-
-def test_clipping_says_that_it_has_no_effect(make_trainer, caplog):
-    with caplog.at_level(logging.WARNING, logger="fira_hf"):
-        clipped = trained(make_trainer, NAME, max_grad_norm=0.05)
-        (record,) = [r for r in caplog.records if "max_grad_norm" in r.getMessage()]
-        assert "0.05" in record.getMessage() and "no effect" in record.getMessage()
-        assert "max_grad_norm=0" in record.getMessage()
-        caplog.clear()
-        unclipped = trained(make_trainer, NAME, max_grad_norm=0)
-        assert not [r for r in caplog.records if "max_grad_norm" in r.getMessage()]
-    assert_same_model(clipped.model, unclipped.model)
-
-
-def test_a_second_gradient_before_the_step_is_an_error():
-    model, tokens = build_llama(), batches(1)[0]
-    optimizer = get_fira_optimizer(model, FiraConfig(rank=4))
-    step_in_backward(optimizer)
-    model(input_ids=tokens, labels=tokens).loss.backward()
-    with pytest.raises(RuntimeError, match="when="):
-        model(input_ids=tokens, labels=tokens).loss.backward()
-
-
-def test_reentrant_checkpointing_of_a_shared_weight_is_an_error():
-    """Its gradient comes in parts, each in a backward pass of its own."""
-    layer = nn.Linear(8, 8)
-
-    def loss(use_reentrant):
-        x = torch.ones(2, 8, requires_grad=True)
-        for _ in range(2):
-            x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant)
-        return x.square().sum()
-
-    optimizer = FiraAdamW([{"params": [layer.weight], "rank": 4}, {"params": [layer.bias]}])
-    step_in_backward(optimizer)
-    with pytest.raises(RuntimeError, match="use_reentrant=False"):
-        loss(use_reentrant=True).backward()
-    optimizer.step()
-    loss(use_reentrant=False).backward()
-
-
 # --------------------------------------------------------------------------- afterwards
 
 
@@ -427,6 +345,7 @@ import fira_hf
 from conftest import build_llama, build_tokens, trainer_settings
 from fira_hf import FiraAdamW
 from fira_hf.layerwise import step_in_backward
+from trials import search
 
 torch.set_num_threads(1)
 output = sys.argv[1]
@@ -449,6 +368,17 @@ def train(optim, model=None, resume=None):
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     return {"weights": of_each, "norms": norms, "wrapped": wrapped}
 
+def searched(names):
+    args = TrainingArguments(optim="adamw_torch", **(settings | {"save_strategy": "no"}))
+    trainer = Trainer(model_init=lambda: build_llama(), args=args, train_dataset=build_tokens())
+
+    def after(trainer):
+        wrapped = isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+        norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        return {"weights": flat(trainer.model.parameters()), "norms": norms, "wrapped": wrapped}
+
+    return search(trainer, [{"optim": name} for name in names], after)
+
 def error(function):
     try:
         function()
@@ -460,6 +390,7 @@ model = build_llama(seed=dist.get_rank())  # made equal to that of the first pro
 found["layerwise"] = train("fira_layerwise", model)
 found["resumed"] = train("fira_layerwise", resume=f"{output}/checkpoint-4")
 found["again"] = train("fira", model)
+found["trials"] = searched(["fira_layerwise", "fira", "fira_layerwise", "adamw_torch"])
 
 def no_group():
     step_in_backward(FiraAdamW(nn.Linear(4, 4).parameters()))
@@ -494,6 +425,13 @@ def test_two_processes(tmp_path):
     assert torch.equal(layerwise, resumed)
     # DDP is back for the next Trainer of the same model
     assert [found[run]["wrapped"] for run in ("fira", "layerwise", "again")] == [True, False, True]
+    # trials of a search are as trainings of their own, each with its own optimizer, wrapped or not
+    first, second = found["trials"], of_second["trials"]
+    assert all(torch.equal(mine["weights"], other["weights"]) for mine, other in zip(first, second, strict=True))
+    assert [trial["wrapped"] for trial in first] == [False, True, False, True]
+    assert torch.equal(first[0]["weights"], first[2]["weights"]) and first[0]["norms"] == first[2]["norms"]
+    assert (first[0]["weights"] - first[1]["weights"]).norm() <= 1e-5 * (first[1]["weights"] - start).norm()
+    assert first[0]["norms"] == pytest.approx(first[1]["norms"], rel=1e-5) and min(first[0]["norms"]) > 0
     no_group, at_first, later = of_second["errors"]
     assert "group=None" in no_group and found["errors"][0] == no_group
     assert "order" in at_first and found["errors"][1] == at_first

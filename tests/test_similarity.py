@@ -13,6 +13,7 @@ import torch
 from scipy import stats
 
 from conftest import run_recipe
+from fira_hf import unwrapped
 from fira_hf.callbacks import AnalysisCallback, read_record
 from pretraining_tiny import STEPS, write_preset
 from recipes.pretraining import similarity, train
@@ -34,7 +35,7 @@ class Seen(AnalysisCallback):
             for name, p in model.named_parameters():
                 if "_proj" not in name:
                     continue
-                own = getattr(optimizer, "optimizer", optimizer).state[p]
+                own = unwrapped(optimizer).state[p]
                 M, V = own["exp_avg"].double(), own["exp_avg_sq"].double()
                 R = p.grad.double() if p.shape[0] >= p.shape[1] else p.grad.double().T
                 if "basis" in own:
