@@ -269,3 +269,23 @@ def test_fira_finds_its_batch_size(make_trainer):
         make_trainer(model, **(SETTINGS | sizes | {"optim": "fira", "max_steps": 2})).train()
         runs.append(flat(model))
     assert torch.equal(*runs)
+
+
+def test_a_weight_that_was_resized_is_refused_before_any_is_stepped(tiny_llama):
+    """In backward the last layers come first: they must not be a step ahead when the embedding is found not to fit."""
+    model = tiny_llama()
+    optimizer = get_fira_optimizer(model, FiraConfig(rank=4))
+    hooks = step_in_backward(optimizer)
+
+    def backward():
+        tokens = torch.arange(12)[None]
+        model(input_ids=tokens, labels=tokens).loss.backward()
+
+    backward()
+    optimizer.step()
+    model.resize_token_embeddings(100)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"\(100, 32\).*another shape"):
+        backward()
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    hooks.remove()
