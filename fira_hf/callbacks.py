@@ -171,7 +171,7 @@ class AnalysisCallback(TrainerCallback):
                 matrix | {"initial": was["initial"]}
                 for matrix, was in zip(matrices, earlier.get("matrices", []), strict=False)
             ]
-            old = np.load(folder / ROWS)[:made] if earlier == header else rows[:0]
+            old = np.array(_read_rows(folder)[:made]) if earlier == header else rows[:0]
             if old["step"].tolist() != [self._steps * (index + 1) for index in range(made)]:
                 raise ValueError(
                     f"Training continues at step {state.global_step}, but {folder} does not hold what "
@@ -248,12 +248,13 @@ def read_record(folder: str | Path) -> Record:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: it is damaged.
     """
     folder = Path(folder)
     header = _read_header(folder)
     if not header:
         raise FileNotFoundError(f"{folder} holds no {HEADER}: train with AnalysisCallback.")
-    rows = np.load(folder / ROWS, mmap_mode="r")
+    rows = _read_rows(folder)
     rows = rows[: np.count_nonzero(rows["step"])]
     values = {name: rows[name] for name in (*OF_MATRIX, "rows")}
     return Record(header["matrices"], rows["step"], **values)
@@ -261,7 +262,21 @@ def read_record(folder: str | Path) -> Record:
 
 def _read_header(folder: Path) -> dict[str, Any]:
     path = folder / HEADER
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise _damaged(path) from error
+
+
+def _read_rows(folder: Path) -> np.ndarray:
+    try:
+        return np.load(folder / ROWS, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise _damaged(folder / ROWS) from error
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(f"{path} is damaged, and with it the record of AnalysisCallback: train anew, or leave it out.")
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -134,9 +134,8 @@ def _tell_of_lost_states() -> None:
             watch.remove()
         if not loaded and trainer.is_world_process_zero():
             logger.warning(
-                "%s lacks what the Trainer needs to load the optimizer (optimizer.pt and scheduler.pt, or their sharded "
-                "forms): the weights go on from there, but the optimizer and the schedule of the learning rate begin "
-                "anew.",
+                "%s lacks what the Trainer needs to load the optimizer (optimizer.pt and scheduler.pt, or what FSDP "
+                "saves instead): the weights go on, but the optimizer and the learning rate's schedule begin anew.",
                 checkpoint,
             )
 

@@ -19,7 +19,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from commonsense_tiny import write_data, write_model, write_preset
 from conftest import ROOT, launch, run_recipe, start_until_checkpoint
-from recipes import files, processes, rundir
+from recipes import checkpoints, files, processes, rundir
 from recipes.commonsense import compare, report, search, train
 from recipes.commonsense.train import RECIPE, parse
 from recipes.launch import share_batch
@@ -68,7 +68,7 @@ def killed(preset, tmp_path_factory) -> SimpleNamespace:
     assert victim is not None, "it ended before it could be killed"
     os.kill(victim, signal.SIGKILL)
     code = process.wait(timeout=60)
-    checkpoint = rundir.last_checkpoint(run_folder)
+    checkpoint = checkpoints.newest(run_folder)[0]
     out, err = ((folder / name).read_text() for name in ("out.txt", "err.txt"))
     return SimpleNamespace(folder=folder, run=run_folder, checkpoint=checkpoint, code=code, out=out, err=err)
 
