@@ -105,7 +105,7 @@ class AnalysisCallback(TrainerCallback):
     Raises, when training begins:
         ValueError: the gradients are gone after the step (`fira_layerwise`) or scaled (fp16), the optimizer keeps no
             moments of Adam that could be read, a weight is sharded, stacked or fused, or training ends before the
-            first record or resumes without the earlier ones.
+            first record or resumes without the earlier ones, which may be damaged.
     """
 
     def __init__(self, steps: int = 20) -> None:

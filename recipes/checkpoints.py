@@ -27,10 +27,10 @@ FORMS = (
         ("optimizer.pt",),
         (
             "model.safetensors",
+            "adapter_model.safetensors",
             "model.safetensors.index.json",
             "pytorch_model.bin",
             "pytorch_model.bin.index.json",
-            "adapter_model.safetensors",
             "adapter_model.bin",
         ),
     ),
@@ -61,7 +61,7 @@ def flaw(checkpoint: Path, fp16: bool = False) -> str | None:
         return f"{rundir.STATE} does not say where the training was"
     for names in _needed(checkpoint, state, fp16):
         if not any((checkpoint / name).exists() for name in names):
-            return f"{' or '.join(names)} is missing"
+            return f"{' or '.join(names[:2])} is missing"
     return None
 
 

