@@ -228,11 +228,18 @@ def test_damaged_records_of_a_run_are_named(preset, saved, tmp_path, damage, cap
     words = [str(preset / "fira-full.yaml"), "--save_steps", "4", "--output_dir"]
     done = Path(shutil.copytree(saved["fira-full"], tmp_path / "comparison" / "fira-full-seed42"))
     assert train.main([*words, str(done)]) == 0
+    of_compare = [str(preset), "--output_dir", str(tmp_path / "comparison"), "--methods", "fira-full"]
+    other = tmp_path / "comparison" / "lora-seed42" / rundir.RESULT  # which this comparison only reports on
+    files.write_json(other, {})
+    files.write_json(done / rundir.SETTINGS, files.read_json(done / rundir.SETTINGS) | {"seed": 42})
+    DAMAGES[damage](other)
     capsys.readouterr()
+    assert compare.main([*of_compare, "--save_steps", "4"]) == 2
+    assert "lora-seed42/result.json is not valid JSON" in capsys.readouterr().err
+    other.unlink()
     DAMAGES[damage](done / rundir.RESULT)
     assert train.main([*words, str(done)]) == 2
     assert "result.json is not valid JSON" in (said := capsys.readouterr().err) and "Delete it" in said
-    of_compare = [str(preset), "--output_dir", str(tmp_path / "comparison"), "--methods", "fira-full"]
     assert compare.main([*of_compare, "--save_steps", "4"]) == 2
     assert "result.json is not valid JSON" in capsys.readouterr().err
     assert report.main([str(tmp_path / "comparison")]) == 2
