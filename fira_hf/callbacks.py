@@ -101,7 +101,7 @@ class AnalysisCallback(TrainerCallback):
     Raises, when training begins:
         ValueError: the gradients are gone after the step (`fira_layerwise`) or scaled (fp16), the optimizer keeps no
             moments of Adam that could be read, a weight is sharded, stacked or fused, or training ends before the
-            first record or resumes without the earlier ones.
+            first record or resumes without the earlier ones, which may be damaged.
     """
 
     def __init__(self, steps: int = 20) -> None:
@@ -168,7 +168,7 @@ class AnalysisCallback(TrainerCallback):
                 matrix | {"initial": was["initial"]}
                 for matrix, was in zip(matrices, earlier.get("matrices", []), strict=False)
             ]
-            old = np.load(folder / ROWS)[:made] if earlier == header else rows[:0]
+            old = np.array(_read_rows(folder)[:made]) if earlier == header else rows[:0]
             if old["step"].tolist() != [self._steps * (index + 1) for index in range(made)]:
                 raise ValueError(
                     f"Training continues at step {state.global_step}, but {folder} does not hold what "
@@ -245,12 +245,13 @@ def read_record(folder: str | Path) -> Record:
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: it is damaged.
     """
     folder = Path(folder)
     header = _read_header(folder)
     if not header:
         raise FileNotFoundError(f"{folder} holds no {HEADER}: train with AnalysisCallback.")
-    rows = np.load(folder / ROWS, mmap_mode="r")
+    rows = _read_rows(folder)
     rows = rows[: np.count_nonzero(rows["step"])]
     values = {name: rows[name] for name in (*OF_MATRIX, "rows")}
     return Record(header["matrices"], rows["step"], **values)
@@ -258,7 +259,21 @@ def read_record(folder: str | Path) -> Record:
 
 def _read_header(folder: Path) -> dict[str, Any]:
     path = folder / HEADER
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise _damaged(path) from error
+
+
+def _read_rows(folder: Path) -> np.ndarray:
+    try:
+        return np.load(folder / ROWS, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise _damaged(folder / ROWS) from error
+
+
+def _damaged(path: Path) -> ValueError:
+    return ValueError(f"{path} is damaged, and with it the record of AnalysisCallback: train anew, or leave it out.")
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -121,6 +121,33 @@ def register() -> None:
 
     Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)  # type: ignore
     Trainer.train = train  # type: ignore
+    _tell_of_lost_states()
+
+
+def _tell_of_lost_states() -> None:
+    """Has the Trainer say when it resumes without the optimizer's state, which it does without a word."""
+    original = Trainer._load_optimizer_and_scheduler
+
+    @functools.wraps(original)
+    def load(trainer: Trainer, checkpoint: str | None) -> None:
+        optimizer = unwrapped(trainer.optimizer)
+        if checkpoint is None or not isinstance(optimizer, FiraAdamW):
+            return original(trainer, checkpoint)
+        # Whether it loads, and from which files, differs between versions and kinds of sharding: so it is watched.
+        loaded: list[FiraAdamW] = []
+        watch = optimizer.register_load_state_dict_post_hook(loaded.append)  # type: ignore[arg-type]
+        try:
+            original(trainer, checkpoint)
+        finally:
+            watch.remove()
+        if not loaded and trainer.is_world_process_zero():
+            logger.warning(
+                "%s lacks what the Trainer needs to load the optimizer (optimizer.pt and scheduler.pt, or what FSDP "
+                "saves instead): the weights go on, but the optimizer and the learning rate's schedule begin anew.",
+                checkpoint,
+            )
+
+    Trainer._load_optimizer_and_scheduler = load  # type: ignore
 
 
 def _add_name(name: str) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from recipes import processes, runner
+from recipes import errors, processes, runner
 from recipes.runner import console
 from recipes.settings import Recipe, read_overrides
 
@@ -45,11 +44,13 @@ def compare(
             for method, experiment in runner.find_experiments(recipe, options.preset, options.methods).items()
         ]
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return errors.refuse(error)
     failed = runner.execute(runs)
     console.rule("report")
-    write_report(options.output_dir)
+    try:
+        write_report(options.output_dir)
+    except ValueError as error:  # a damaged result of some other run in the folder
+        return errors.refuse(error)
     if failed:
         console.print(
             f"[bold red]Failed: {', '.join(run.name for run in failed)}[/]. The same command tries them again."

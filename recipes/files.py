@@ -8,8 +8,16 @@ from typing import Any
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file, None if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """The content of a JSON file, None if there is none.
+
+    Raises ValueError, which names the file, if it was cut or holds something else.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # bytes that are no text are one, too
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
 
 
 def write_json(path: Path, content: Any) -> None:

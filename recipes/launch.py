@@ -19,12 +19,13 @@ import torch.distributed as dist
 import transformers
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
-from recipes import files, measure, processes, rundir
+from recipes import checkpoints, errors, files, measure, processes, rundir
 from recipes.settings import Recipe, load_settings, read_overrides, to_argv
 
 Arguments = TypeVar("Arguments")
 # Says where the run was, not what it computed.
 _UNRECORDED = {"output_dir", "logging_dir", "run_name", "hub_token", "push_to_hub_token", "local_rank", "_n_gpu"}
+_UNRECORDED |= {"resume_from_checkpoint"}
 
 
 def parse(settings: dict[str, Any], kind: type[Arguments]) -> tuple[Arguments, TrainingArguments]:
@@ -84,6 +85,15 @@ def share_batch(training: TrainingArguments) -> None:
     training.per_device_train_batch_size = size * fewer // training.world_size
 
 
+class RecipeTrainer(Trainer):
+    """Makes no step more where it resumes after the last one, as the Trainer does unless an epoch ends there."""
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
+
 def validate(trainer: Trainer) -> float:
     """The validation loss after the last step, which an evaluation in training may have found already."""
     last = trainer.state.log_history[-2:]  # the very last entry sums up the training
@@ -110,12 +120,27 @@ def figures(trainer: Trainer, tokens: float) -> dict[str, Any]:
     }
 
 
-def checkpoint(folder: Path) -> str | None:
-    newest = rundir.last_checkpoint(folder)
-    if newest is None:
-        return None
-    print(f"Continuing from {newest}")
-    return str(newest)
+def choose_checkpoint(training: TrainingArguments) -> dict[str, str]:
+    """Set `resume_from_checkpoint` to the newest one that can be resumed from, None if there is none yet; what is
+    wrong with those that are newer.
+
+    Raises ValueError if none is left of those that were saved.
+    """
+    folder = Path(training.output_dir)
+    # The main process looks for all: to look takes a while, and all have to go on from the same.
+    found = [checkpoints.newest(folder, training.fp16) if processes.is_main() else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(found)
+    newest, passed_over = found[0]
+    for name, reason in passed_over.items():
+        print(f"Passed over {folder / name}: {reason}")
+    if newest is not None:
+        print(f"Continuing from {newest}")
+    elif any(reason != checkpoints.UNFINISHED for reason in passed_over.values()):
+        flaws = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+        raise ValueError(f"No checkpoint in {folder} can be resumed from ({flaws}). Delete {folder} to begin anew.")
+    training.resume_from_checkpoint = None if newest is None else str(newest)
+    return passed_over
 
 
 def _history(entry: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +192,7 @@ def main(
             return 0
     except (ValueError, OSError) as error:
         if processes.is_first_of_node():
-            print(f"error: {error}", file=sys.stderr)
+            errors.refuse(error)
         return 2
 
     with training.main_process_first(local=False):
@@ -176,14 +201,21 @@ def main(
             (folder / rundir.TRACEBACK).unlink(missing_ok=True)  # that of an earlier attempt
     recorded = {key: value for key, value in settings.items() if key != "output_dir"}
     provenance = measure.provenance(training.seed, ["python", "-m", f"{recipe.package}.train", *words])
+    passed_over: dict[str, str] = {}
     try:
+        passed_over = choose_checkpoint(training)
         found = run(arguments, training)
     except Exception as error:  # whatever it is, it belongs into the record
         if rundir.is_first_failure(folder, traceback.format_exc()):
             rundir.write_failure(
-                folder, recorded, f"{type(error).__name__}: {error}", provenance=provenance, seed=training.seed
+                folder,
+                recorded,
+                errors.named(error),
+                provenance=provenance,
+                seed=training.seed,
+                passed_over_checkpoints=passed_over,
             )
-            print(f"error: {error}\nThe traceback is in {folder / rundir.TRACEBACK}", file=sys.stderr)
+            print(f"error: {errors.text(error)}\nThe traceback is in {folder / rundir.TRACEBACK}", file=sys.stderr)
         return 1
     if not processes.is_main():
         return 0
@@ -193,6 +225,7 @@ def main(
         "method": arguments.method,
         "seed": training.seed,
         **found,
+        "passed_over_checkpoints": passed_over,
         "settings": recorded,
         "provenance": provenance,
         "all_settings": asdict(arguments) | full,

@@ -21,6 +21,7 @@ from transformers.trainer_callback import ExportableState
 
 import fira_hf
 from fira_hf.distributed import local
+from recipes import processes
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 PEERS = ("fira", "galore-torch", "apollo-torch", "pytorch_optimizer")
@@ -101,7 +102,8 @@ class StepTime(TrainerCallback, ExportableState):
         self._start = 0.0
 
     def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"seconds": self.seconds}}
+        # The number of processes tells which files belong to the checkpoint.
+        return {"args": {}, "attributes": {"seconds": self.seconds, "processes": processes.count()}}
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self._start = time.perf_counter()

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from recipes import files, rundir
+from recipes import errors, files, rundir
 from recipes.settings import Recipe
 
 MERGED = "results.json"
@@ -192,6 +192,5 @@ def main(write: Callable[[Path], None], description: str | None, words: list[str
     try:
         write(Path(words[0]))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return errors.refuse(error)
     return 0

@@ -13,30 +13,36 @@ from recipes.settings import difference
 RESULT = "result.json"
 SETTINGS = "settings.json"
 TRACEBACK = "error.txt"
+STATE = "trainer_state.json"  # in a checkpoint, where the Trainer writes it last
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint: one whose trainer_state.json, which the Trainer writes last, can be read."""
-    complete = [state.parent for state in folder.glob("checkpoint-*/trainer_state.json") if _is_json(state)]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+def checkpoints(folder: Path) -> list[Path]:
+    """All that the Trainer has begun to save, the newest first. What has been renamed does not count."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*") if path.is_dir()}
+    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]), reverse=True)
 
 
-def _is_json(path: Path) -> bool:
-    try:
-        read_json(path)
-    except ValueError:
-        return False
-    return True
+def was_saved(checkpoint: Path) -> bool:
+    """Whether a checkpoint was saved to the end, in whatever state it is now."""
+    return (checkpoint / STATE).is_file()
 
 
 def is_finished(folder: Path, settings: dict[str, Any]) -> bool:
     """Whether the folder holds the complete result of these settings.
 
-    Raises ValueError if it holds the result, or a checkpoint, of others.
+    Raises ValueError if it holds the result, or a checkpoint, of others, or if that cannot be told.
     """
-    finished = (read_json(folder / RESULT) or {}).get("status") == "ok"
-    earlier = read_json(folder / SETTINGS)
-    if earlier is None or not (finished or last_checkpoint(folder)):
+    try:
+        finished = (read_json(folder / RESULT) or {}).get("status") == "ok"
+    except ValueError as error:
+        raise ValueError(f"{error}. Delete it to run this again.") from None
+    if not finished and not any(map(was_saved, checkpoints(folder))):
+        return False
+    try:
+        earlier = read_json(folder / SETTINGS)
+    except ValueError as error:
+        raise ValueError(f"{error}. So it is not known what {folder} was run with: delete it to begin anew.") from None
+    if earlier is None:
         return False
     changed = difference(earlier, settings)
     if changed:
@@ -68,5 +74,5 @@ def without_paths(text: str) -> str:
 
 
 def remove_checkpoints(folder: Path) -> None:
-    for checkpoint in folder.glob("checkpoint-*"):
+    for checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 from rich.table import Table
 
-from recipes import files, processes, rundir, runner
+from recipes import errors, files, processes, rundir, runner
 from recipes.compare import parser
 from recipes.runner import console
 from recipes.settings import Recipe
@@ -35,8 +34,7 @@ def search(
                 changes = [*overrides, f"--{key}", value, *not_needed]
                 runs[method][value] = runner.plan(recipe, name, experiment, changes, options.output_dir / name)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return errors.refuse(error)
     runner.execute([run for of_method in runs.values() for run in of_method.values()])
 
     found = {method: _choose(of_method) for method, of_method in runs.items()}

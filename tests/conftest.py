@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from recipes import rundir
+from recipes import checkpoints
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -153,7 +153,7 @@ def start_until_checkpoint(command: list[str], folder: Path, logs: Path, **envir
             command, cwd=ROOT, env=os.environ | RECIPE_ENVIRONMENT | environment, stdout=out, stderr=err
         )
     deadline = time.monotonic() + 120
-    while not rundir.last_checkpoint(folder):
+    while checkpoints.newest(folder)[0] is None:
         assert process.poll() is None, (logs / "err.txt").read_text()[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from commonsense_tiny import write_data, write_model, write_preset
 from conftest import ROOT, launch, run_recipe, start_until_checkpoint
-from recipes import files, processes, rundir
+from recipes import checkpoints, files, processes, rundir
 from recipes.commonsense import compare, report, search, train
 from recipes.commonsense.train import RECIPE, parse
 from recipes.launch import share_batch
@@ -68,7 +69,9 @@ def killed(preset, tmp_path_factory) -> SimpleNamespace:
     assert victim is not None, "it ended before it could be killed"
     os.kill(victim, signal.SIGKILL)
     code = process.wait(timeout=60)
-    checkpoint = rundir.last_checkpoint(run_folder)
+    checkpoint = checkpoints.newest(run_folder)[0]
+    for name, damaged in (("optimizer.pt", "checkpoint-9998"), ("rng_state_1.pth", "checkpoint-9999")):
+        (shutil.copytree(checkpoint, run_folder / damaged) / name).unlink()
     out, err = ((folder / name).read_text() for name in ("out.txt", "err.txt"))
     return SimpleNamespace(folder=folder, run=run_folder, checkpoint=checkpoint, code=code, out=out, err=err)
 
@@ -163,6 +166,9 @@ def test_a_run_killed_in_two_processes_ends_as_if_one_had_run_through(killed, fo
     result = files.read_json(killed.run / "result.json")
     assert result["status"] == "ok"
     assert int(killed.checkpoint.name.rpartition("-")[2]) < result["steps"]
+    passed_over = result["passed_over_checkpoints"]
+    assert passed_over["checkpoint-9998"] == "optimizer.pt is missing"
+    assert passed_over["checkpoint-9999"] == "rng_state_1.pth is missing"
     assert not list(killed.run.glob("checkpoint-*"))
     assert (killed.run / "model" / "model.safetensors").is_file()
     # The same batches: a step takes one micro-batch of each process.

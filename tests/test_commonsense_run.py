@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from commonsense_tiny import WORDS, write_data, write_model, write_preset
 from conftest import RECIPE_ENVIRONMENT, kill_recipe, run_recipe
-from recipes import files, measure, rundir
+from recipes import checkpoints, files, measure
 from recipes.commonsense import compare, report, scoring, search, train
 from recipes.commonsense.settings import METHODS
 
@@ -122,7 +122,7 @@ def test_a_run_killed_in_training_ends_as_if_it_had_not_been(preset, tmp_path, c
     whole = run(preset, method, tmp_path / "whole", *words)
     killed = tmp_path / "killed"
     kill_recipe(train, preset, method, killed, *words)
-    checkpoint = rundir.last_checkpoint(killed)
+    checkpoint = checkpoints.newest(killed)[0]
     assert int(checkpoint.name.rpartition("-")[2]) < whole["steps"]
     (killed / "checkpoint-9999").mkdir()  # as a kill in the middle of saving leaves it
 

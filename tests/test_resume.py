@@ -96,6 +96,37 @@ def test_the_checkpoint_matters(tmp_path):
         assert_equal_bits(parameters(whole.model), parameters(resumed.model))
 
 
+@pytest.mark.parametrize(
+    ("changed", "missing"),
+    [
+        ({}, []),
+        ({}, ["optimizer.pt"]),
+        ({}, ["scheduler.pt"]),  # without which the Trainer loads neither
+        ({"optim": "fira_layerwise", "max_grad_norm": 0}, ["optimizer.pt"]),
+        ({"optim": "adamw_torch", "optim_args": None}, ["optimizer.pt"]),  # which is not ours to speak of
+    ],
+    ids=str,
+)
+def test_a_resume_without_the_state_of_the_optimizer_is_a_warning(tmp_path, caplog, changed, missing):
+    build_trainer(tmp_path, max_steps=STOP, **changed).train()
+    checkpoint = tmp_path / f"checkpoint-{STOP}"
+    for name in missing:
+        (checkpoint / name).unlink()
+    for resume in (True, str(checkpoint)):
+        caplog.clear()
+        resumed = build_trainer(tmp_path, max_steps=STOP + 1, save_strategy="no", **changed)
+        resumed.train(resume_from_checkpoint=resume)
+        warnings = [record for record in caplog.records if record.name == "fira_hf.trainer"]
+        if missing and changed.get("optim") != "adamw_torch":
+            (warning,) = warnings
+            assert warning.levelname == "WARNING"
+            message = warning.getMessage()
+            assert str(checkpoint) in message and "optimizer" in message and "begin anew" in message
+            assert max(float(state["step"]) for state in states(resumed)) == 1
+        else:
+            assert not warnings
+
+
 def test_resume_in_a_fresh_process_is_bit_equal(tmp_path):
     whole = {kind: build_trainer(tmp_path / kind, kind) for kind in FRESH}
     for trainer in whole.values():

@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fira_hf.refresh
 from fira_hf import FiraAdamW
 from fira_hf.state import matrices_of
-from recipes import files, measure
+from recipes import errors, files, measure
 from recipes.benchmarks.models import SIZES, matrices
 from recipes.benchmarks.optimizers import build
 from recipes.benchmarks.options import write
@@ -131,7 +131,7 @@ def bytes_of_all(size: str, layers: int, rank: int) -> dict[str, dict[str, Any]]
         try:
             found[name] = count_sharded(name, weights, rank)
         except Exception as error:
-            found[name] = {"error": f"{type(error).__name__}: {error}"}
+            found[name] = {"error": errors.named(error)}
     return found
 
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from recipes import measure
+from recipes import errors, measure
 from recipes.benchmarks.models import SIZES, matrices
 from recipes.benchmarks.optimizers import BUILDERS, build
 from recipes.benchmarks.options import parser as command_line
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             optimizer.step()
             optimizer.step()
         except Exception as error:
-            found[name] = {"error": f"{type(error).__name__}: {error}"}
+            found[name] = {"error": errors.named(error)}
             continue
         peak = peak_bytes(optimizer.step)
         low_rank = max(4 * max(p.shape) * min(rank, *p.shape) for p in weights)

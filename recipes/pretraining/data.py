@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from recipes import errors
 from recipes.pretraining.settings import C4, EMBEDDED, RecipeArguments
 from recipes.text import blocks, train_tokenizer
 
@@ -62,7 +63,9 @@ def _load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
         # Texts are cut or packed here, whatever length the tokenizer's own model had.
         return AutoTokenizer.from_pretrained(name, model_max_length=NO_LIMIT)
     except OSError as error:
-        raise OSError(f"tokenizer is {name}: not a folder here, and not to be had from the hub. ({error})") from error
+        raise OSError(
+            f"tokenizer is {name}: not a folder here, and not to be had from the hub. ({errors.text(error)})"
+        ) from error
 
 
 def read(data_dir: str, split: str) -> list[str]:

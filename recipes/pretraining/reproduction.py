@@ -20,7 +20,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from recipes import files, report
+from recipes import errors, files, report
 from recipes.plots import STYLES
 from recipes.pretraining.settings import RECIPE
 from recipes.pretraining.similarity import table as similarity_table
@@ -237,8 +237,7 @@ def main(words: list[str] | None = None) -> int:
     try:
         write(options.folder, options.page)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return errors.refuse(error)
     print(f"Report: {options.folder / 'report.md'}")
     return 0
 

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from fira_hf.analysis import similarity
 from fira_hf.callbacks import SAMPLED, Record, read_record
-from recipes import files, report, rundir
+from recipes import errors, files, report, rundir
 
 # Title, name and format of a measure, in the paper's order; the paper does not give the last one.
 MEASURES = [
@@ -336,8 +336,7 @@ def main(words: list[str] | None = None) -> int:
     try:
         found = write(options.low_rank, options.full_rank, options.output_dir)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return errors.refuse(error)
     rows = table(found)
     printed = Table(*rows[0], title="Scaling factors, low rank beside full rank")
     for row in rows[1:]:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import functools
 import math
-from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 from torch.optim import AdamW
-from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import LlamaForCausalLM, TrainerCallback, TrainingArguments, set_seed
 
 import fira_hf  # registers optim="fira"
 from fira_hf.callbacks import AnalysisCallback
@@ -59,7 +58,7 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
     if arguments.method == "relora":
         callbacks.append(Restarts(arguments.relora_interval, arguments.relora_warmup))
     optimizers = (two_rates(model, arguments, training), None) if arguments.dense_lr is not None else (None, None)
-    trainer = Trainer(
+    trainer = launch.RecipeTrainer(
         model=model,
         args=training,
         optimizers=optimizers,
@@ -69,7 +68,7 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
         processing_class=tokenizer,
         callbacks=callbacks,
     )
-    trainer.train(resume_from_checkpoint=launch.checkpoint(Path(training.output_dir)))
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     memory = measure.peak_memory()
     loss = launch.validate(trainer)
     found = launch.figures(trainer, trainer.state.num_input_tokens_seen)
