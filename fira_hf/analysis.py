@@ -97,7 +97,7 @@ def measure(p: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], trans
     G_norms = F.row_norms(G)
     if "basis" in state:
         Q = state["basis"].float()
-        R_norms = F.row_norms(F.project(G, Q, Q.new_empty(len(G), Q.shape[1])))
+        R_norms = F.row_norms(F.product(G, Q, Q.new_empty(len(G), Q.shape[1])))
         N_norms = F.row_norms(N)
     else:
         R_norms, N_norms = G_norms, F.row_norms(tall(N))

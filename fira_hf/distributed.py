@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from .functional import TINY, project
+from .functional import TINY, product
 from .subspace import EXACT, leading_eigenvectors, orthonormalize, random, random_sums, signs, transposed_product
 
 
@@ -133,7 +133,7 @@ class Shards:
 
     def _iterate(self, G: Tensor, Q: Tensor, short: int) -> Tensor:
         """G^T G Q up to a factor, (short, r)."""
-        P = project(G, self.own_columns(Q), torch.empty(len(G), Q.shape[1], device=G.device))
+        P = product(G, self.own_columns(Q), torch.empty(len(G), Q.shape[1], device=G.device))
         if not self.is_tall:
             dist.all_reduce(P, group=self.group)
         return self._whole(transposed_product(G, P.div_(self._largest(P))), short)

@@ -103,8 +103,16 @@ def are_usable(norms: Tensor, total: Total = total_norms) -> Tensor:
     return torch.isfinite(whole) & (whole > 0)
 
 
-def project(G: Tensor, Q: Tensor, out: Tensor) -> Tensor:
-    """out <- R = G Q in fp32, (long, short) x (short, r) -> (long, r). Other dtypes are converted in blocks."""
+def project(grads: Sequence[Tensor], bases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """R = G Q, (B, long, r), and the norms of the rows of G, (B, long, 1), both fp32."""
+    R = torch.empty(len(grads), len(grads[0]), bases[0].shape[1], device=grads[0].device)
+    for G, Q, out in zip(grads, bases, R, strict=True):
+        product(G, Q.float(), out)
+    return R, torch.stack([row_norms(G) for G in grads])
+
+
+def product(G: Tensor, Q: Tensor, out: Tensor) -> Tensor:
+    """out <- G Q in fp32, (long, short) x (short, r) -> (long, r). Other dtypes are converted in blocks."""
     if G.dtype == torch.float32:
         return torch.mm(G, Q, out=out)
     for block, rows in zip(row_blocks(G), row_blocks(out, like=G), strict=True):
@@ -125,27 +133,36 @@ Moments = list[list[Tensor]]  # for each name, that of each of B matrices
 def direction(
     base_optimizer: str,
     R: Tensor,
-    moments: Moments,
+    stored: Moments,
     betas: tuple[float, float],
     eps: float,
     active: Tensor | None = None,
+    seeds: Sequence[Sequence[int]] | None = None,
     total: Total = total_norms,
-) -> Tensor:
-    """Updates the moments in place with R and returns the direction N; all fp32, R and N (B, long, r).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Updates the moments in place with R; returns the direction N, (B, long, r), and the row norms of R and N, fp32.
 
-    Bias correction is left to `step_size`, so N, and with it phi, is uncorrected, as in the published code.
-    `active`: (B,) bool on the device; where it is False the moments stay as they are, and N is 0.
+    Bias correction is left to `step_size`, so N, and with it phi, is uncorrected, as in the published code. Moments
+    that are not fp32 are rounded once, at random where there are `seeds` (one for each moment of each matrix).
+    `active`: (B,) bool on the device; where it is False the moments stay as they are, and N and all norms are 0.
     """
+    if active is not None:
+        mask = active.view(-1, 1, 1)
+        R = torch.where(mask, R, 0.0)
+    moments = [[moment.float() for moment in of] for of in stored]
+    before = [] if active is None or base_optimizer == "adamw" else [torch.stack(of) for of in moments]
     if base_optimizer == "adamw":
-        return _adam(R, moments, betas, eps, active)
-    before = [] if active is None else [torch.stack(of) for of in moments]
-    N = _lion(R, moments, betas) if base_optimizer == "lion" else _adafactor(R, moments, betas, eps, total)
-    if active is None:
-        return N
-    mask = active.view(-1, 1, 1)
-    for of, old in zip(moments, before, strict=True):
-        torch._foreach_copy_(of, list(torch.where(mask, torch.stack(of), old)))
-    return torch.where(mask, N, 0.0)
+        N = _adam(R, moments, betas, eps, active)
+    else:
+        N = _lion(R, moments, betas) if base_optimizer == "lion" else _adafactor(R, moments, betas, eps, total)
+    if before:
+        for of, old in zip(moments, before, strict=True):
+            torch._foreach_copy_(of, list(torch.where(mask, torch.stack(of), old)))
+        N = torch.where(mask, N, 0.0)
+    for name, (of, new) in enumerate(zip(stored, moments, strict=True)):
+        for i, moment in enumerate(of):
+            store(moment, new[i], generator(moment, seeds[name][i] if seeds else None))
+    return N, row_norms(R), row_norms(N)
 
 
 def _adam(R: Tensor, moments: Moments, betas: tuple[float, float], eps: float, active: Tensor | None) -> Tensor:
@@ -236,6 +253,29 @@ def step_size(lr: float, betas: tuple[float, float], t: Tensor) -> Tensor:
     return lr * bias_correction(betas[1], t).sqrt() / bias_correction(betas[0], t)
 
 
+def apply_updates(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    N: Tensor,
+    R: Tensor | None,
+    a: Tensor,
+    k: float,
+    B: Tensor,
+    bases: Sequence[Tensor],
+    decay: float,
+    active: Tensor | None = None,
+    seeds: Sequence[int] | None = None,
+) -> None:
+    """W <- decay (W - (a N - k B R) Q^T - B G) for each matrix, in place; N may be changed.
+
+    a: (B, 1, 1); without R the bracket is a N. `active`, `seeds`: one for each matrix, or None; see `apply_update`.
+    """
+    A = N.mul_(a) if R is None else N.mul_(a).addcmul_(B, R, value=-k)
+    for i, (W, G, Q) in enumerate(zip(weights, grads, bases, strict=True)):
+        on = None if active is None else active[i]
+        apply_update(W, G, A[i], Q.float(), B[i], decay, on, generator(W, seeds[i] if seeds else None))
+
+
 def apply_update(
     W: Tensor,
     G: Tensor,
@@ -273,10 +313,18 @@ def store(target: Tensor, value: Tensor, generator: torch.Generator | None = Non
     target.copy_(value)
 
 
+def generator(like: Tensor, seed: int | None) -> torch.Generator | None:
+    """A generator on the device of a tensor; None without a seed."""
+    return None if seed is None else torch.Generator(like.device).manual_seed(seed)
+
+
 def row_blocks(tensor: Tensor, like: Tensor | None = None, size: int = 0) -> tuple[Tensor, ...]:
-    """Views of consecutive rows: about `size` (`BLOCK`) elements each, or as many rows as in the blocks of `like`."""
+    """Views of consecutive rows: about `size` (`BLOCK`) elements each, or as many rows as in the blocks of `like`.
+
+    On an accelerator all at once: there the cost is that of starting operations.
+    """
     like, size = tensor if like is None else like, size or BLOCK
-    if like.numel() <= size:
+    if like.numel() <= size or like.device.type != "cpu":
         return (tensor,)
     return tensor.split(max(1, size // like.shape[1:].numel()))
 

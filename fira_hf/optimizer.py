@@ -19,6 +19,7 @@ from .distributed import agree, local, sharded_like, shards_of
 from .groups import check_group, check_weight, name_of, name_parameters
 from .refresh import refresh
 from .state import (
+    OF_MOMENTS,
     Matrix,
     batches,
     create_state,
@@ -26,8 +27,10 @@ from .state import (
     loaded_state,
     matrices_of,
     misfit,
-    rounding_generator,
-    rounds_at_random,
+    operations,
+    rounding_seed,
+    rounds_state,
+    rounds_weight,
     state_misfit,
 )
 
@@ -190,7 +193,7 @@ class FiraAdamW(torch.optim.Optimizer):
         if is_rehearsal:
             return
         for p in parameters:
-            if self.state.get(p) and rounds_at_random(p, group):
+            if self.state.get(p) and (rounds_state(group) or rounds_weight(p, group)):
                 self.state[p]["rounded"] += 1
         # Under autocast the products would be taken in half precision.
         with torch.autocast(parameters[0].device.type, enabled=False):
@@ -229,14 +232,12 @@ class FiraAdamW(torch.optim.Optimizer):
         """One step of matrices of one shape and dtype; what is low-rank is stacked along a first dimension."""
         shards = matrices[0].shards
         total = shards.total if shards else F.total_norms
+        ops = operations(matrices[0].parameter)
         grads = [matrix.tall(matrix.grad) for matrix in matrices]
-        bases = [matrix["basis"].float() for matrix in matrices]
+        bases = [matrix["basis"] for matrix in matrices]
         if shards:
             bases = [shards.own_columns(Q) for Q in bases]
-        R = bases[0].new_empty(len(grads), len(grads[0]), bases[0].shape[1])
-        for G, Q, out in zip(grads, bases, R, strict=True):
-            F.project(G, Q, out)
-        G_norms = torch.stack([F.row_norms(G) for G in grads])
+        R, G_norms = ops.project(grads, bases)
         if shards:
             R, G_norms = shards.collect(R, G_norms)
 
@@ -261,11 +262,12 @@ class FiraAdamW(torch.optim.Optimizer):
         eta = F.step_size(group["lr"], group["betas"], counts if is_corrected else torch.inf * counts)
         if active is not None:
             mask = active.view(-1, 1, 1)
-            R, G_norms, eta = (torch.where(mask, x, 0.0) for x in (R, G_norms, eta))
-        stored = [[matrix[name] for matrix in matrices] for name in F.MOMENTS[base]]
-        moments = [[moment.float() for moment in of] for of in stored]
-        N = F.direction(base, R, moments, group["betas"], group["eps"], active, total)
-        R_norms, N_norms = F.row_norms(R), F.row_norms(N)
+            G_norms, eta = (torch.where(mask, x, 0.0) for x in (G_norms, eta))
+        moments = [[matrix[name] for matrix in matrices] for name in F.MOMENTS[base]]
+        seeds = None
+        if rounds_state(group):
+            seeds = [[matrix.rounding_seed(OF_MOMENTS + i) for matrix in matrices] for i in range(len(moments))]
+        N, R_norms, N_norms = ops.direction(base, R, moments, group["betas"], group["eps"], active, seeds, total)
 
         # (s, k) of `functional`: how alpha enters the residual.
         alpha = group["alpha"]
@@ -279,18 +281,24 @@ class FiraAdamW(torch.optim.Optimizer):
             limited_norm = torch.where(mask, limited_norm, previous)
         torch._foreach_copy_(histories, list(limited_norm.flatten()))
 
-        B = phi * (s * c * eta)
-        A = N.mul_(alpha * eta).addcmul_(B, R, value=-k)
+        B, a = phi * (s * c * eta), alpha * eta
+        low_rank: tuple[Tensor, Tensor | None] = (N, R)
         if shards:
-            A, B = shards.spread(A, B, max(matrices[0].shape))
-        decay = 1 - group["lr"] * group["weight_decay"]
-        for i, (matrix, G) in enumerate(zip(matrices, grads, strict=True)):
-            on = None if active is None else active[i]
-            generator = rounding_generator(matrix.parameter, matrix.state, group, matrix.place)
-            for old, new in zip(stored, moments, strict=True):
-                F.store(old[i], new[i], generator)
-            at_random = generator if group["stochastic_rounding"] else None
-            F.apply_update(matrix.tall(matrix.weight), G, A[i], bases[i], B[i], decay, on, at_random)
+            A, B = shards.spread(N.mul_(a).addcmul_(B, R, value=-k), B, max(matrices[0].shape))
+            low_rank, a = (A, None), torch.ones_like(eta)
+        is_rounded = rounds_weight(matrices[0].parameter, group)
+        ops.apply_updates(
+            [matrix.tall(matrix.weight) for matrix in matrices],
+            grads,
+            *low_rank,
+            a,
+            k,
+            B,
+            bases,
+            1 - group["lr"] * group["weight_decay"],
+            active,
+            [matrix.rounding_seed() for matrix in matrices] if is_rounded else None,
+        )
         if self.track_statistics:
             whole = total(torch.stack([G_norms, R_norms, alpha * N_norms]))
             self._add_statistics(whole[0], whole[1], whole[2], s * c * norm, c, active)
@@ -334,16 +342,18 @@ class FiraAdamW(torch.optim.Optimizer):
             counts = list(torch._foreach_add(steps, before))
             adamw(weights, grads, exp_avgs, exp_avg_sqs, [], counts, **settings)
         for p, state, parts in others:
-            generator = rounding_generator(p, state, group)
-            at_random = generator if group["stochastic_rounding"] else None
+            draws = F.generator(parts[0], rounding_seed(state)) if rounds_weight(p, group) else None
+            draws_of_state = (
+                F.generator(parts[0], rounding_seed(state, use=OF_MOMENTS)) if rounds_state(group) else None
+            )
             for w, g, m, v in zip(*(F.row_blocks(torch.atleast_1d(x)) for x in parts), strict=True):
                 new_w, new_g, new_m, new_v = (
                     x.to(torch.float32, memory_format=torch.contiguous_format, copy=True) for x in (w, g, m, v)
                 )
                 adamw([new_w], [new_g], [new_m], [new_v], [], [state["step"] + before], **settings)
-                F.store(w, new_w, at_random)
-                F.store(m, new_m, generator)
-                F.store(v, new_v, generator)
+                F.store(w, new_w, draws)
+                F.store(m, new_m, draws_of_state)
+                F.store(v, new_v, draws_of_state)
         steps, made = [state["step"] for state in states], finite.float()
         torch._foreach_add_(steps, [made.to(step.device) for step in steps])
 

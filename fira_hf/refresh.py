@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from . import functional as F
 from .distributed import broadcast, is_own, owners
-from .state import Matrix, batches, rounding_generator, seed_of
+from .state import OF_REFRESH, Matrix, batches, rounds_state, seed_of
 from .subspace import find_bases, nearest_rotation
 
 
@@ -106,7 +106,7 @@ def _change_basis(matrix: Matrix, Q: Tensor, group: dict[str, Any]) -> None:
         stored = [matrix[name] for name in F.MOMENTS[group["base_optimizer"]]]
         moments = [moment.float() for moment in stored]
         F.rotate_moments(group["base_optimizer"], moments, C, b2 / b1.square())
-        generator = rounding_generator(matrix.parameter, matrix.state, group, matrix.place, use=1)
-        for old, new in zip(stored, moments, strict=True):
-            F.store(old, new, generator)
+        for use, (old, new) in enumerate(zip(stored, moments, strict=True)):
+            seed = matrix.rounding_seed(use + OF_REFRESH) if rounds_state(group) else None
+            F.store(old, new, F.generator(old, seed))
     matrix["basis"].copy_(Q)

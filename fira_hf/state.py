@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -18,6 +20,9 @@ from .distributed import Shards, local, own_of_stack, sharded_like, shards_of
 # elsewhere enough that starting the operations does not take longer than the operations.
 BATCH = {"cpu": 2**20}
 BATCH_ELSEWHERE = 2**22
+# What is rounded at random in a step, as `use` of a seed: 0 is the weight; then the moments by number, as the update and
+# as a change of basis before it leaves them.
+OF_MOMENTS, OF_REFRESH = 1, 4
 
 
 def first_states(param_groups: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
@@ -72,8 +77,7 @@ def loaded_state(p: Any, saved: dict[str, Any]) -> dict[str, Any]:
     device, state = local(p.data).device, {}
     for name, value in saved.items():
         if isinstance(value, Tensor):
-            copy = F.column_major if name == "basis" else torch.clone
-            value = copy(value.to(device))
+            value = F.column_major(value.to(device)) if name == "basis" else value.to(device, copy=True).contiguous()
         state[name] = value
     if "basis" in state:
         state["refresh_in"] = _refresh_in(p, saved["step"])
@@ -203,6 +207,10 @@ class Matrix:
         self["refresh_in"] = 0
         self["basis"].copy_(Q)
 
+    def rounding_seed(self, use: int = 0) -> int:
+        """The seed of one rounding in this step; `use` tells apart what is rounded within it."""
+        return rounding_seed(self.state, self.place, use)
+
     def __getitem__(self, name: str) -> Any:
         value = self.state[name]
         if isinstance(value, list):
@@ -237,7 +245,8 @@ def batches(matrices: Iterable[Matrix], rank: int) -> Iterator[list[Matrix]]:
     alike: dict[Any, list[Matrix]] = defaultdict(list)
     for matrix in matrices:
         shape, p = matrix.shape, matrix.parameter
-        alike[max(shape), min(shape), p.device, p.dtype, p.grad.dtype, matrix.shards].append(matrix)
+        strides = matrix.tall(matrix.weight).stride(), matrix.tall(matrix.grad).stride()
+        alike[max(shape), min(shape), p.device, p.dtype, p.grad.dtype, matrix.shards, strides].append(matrix)
     for (long, short, device, *_), members in alike.items():
         size = max(1, BATCH.get(device.type, BATCH_ELSEWHERE) // (long * min(rank, short)))
         for i in range(0, len(members), size):
@@ -252,15 +261,33 @@ def seed_of(state: dict[str, Any], *numbers: int) -> int:
     return int(seed)
 
 
-def rounds_at_random(p: Tensor, group: dict[str, Any]) -> bool:
-    return group["state_dtype"] != "float32" or (group["stochastic_rounding"] and p.dtype == torch.bfloat16)
+def rounds_state(group: dict[str, Any]) -> bool:
+    """Whether moments are rounded at random."""
+    return bool(group["state_dtype"] != "float32")
 
 
-def rounding_generator(
-    p: Tensor, state: dict[str, Any], group: dict[str, Any], place: int = 0, use: int = 0
-) -> torch.Generator | None:
-    """The generator of this step's roundings of one matrix, if something of it is rounded at random; `use` tells apart
-    what is rounded within a step."""
-    if not rounds_at_random(p, group):
-        return None
-    return torch.Generator(local(p.data).device).manual_seed(seed_of(state, place, state["rounded"], use))
+def rounds_weight(p: Tensor, group: dict[str, Any]) -> bool:
+    """Whether the weight is rounded at random."""
+    return bool(group["stochastic_rounding"] and p.dtype == torch.bfloat16)
+
+
+def rounding_seed(state: dict[str, Any], place: int = 0, use: int = 0) -> int:
+    """The seed of one rounding of a matrix in this step; `use` tells apart what is rounded within a step."""
+    return seed_of(state, place, state["rounded"], use)
+
+
+def operations(p: Tensor) -> Any:
+    """The module that makes the steps of such a weight: `functional`, or `kernels` where Triton can run them."""
+    return _operations(p.device.type)
+
+
+@functools.cache
+def _operations(device: str) -> Any:
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    # Products of bf16 on tensor cores need compute capability 8.0. ROCm has not been tried.
+    can_run = torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability() >= (8, 0)
+    if device != "cuda" or not (is_interpreted or can_run) or importlib.util.find_spec("triton") is None:
+        return F
+    from . import kernels
+
+    return kernels

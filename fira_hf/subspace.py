@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .functional import TINY, column_major, project, row_blocks, tall
+from .functional import TINY, column_major, product, row_blocks, tall
 
 # Up to this many columns the exact basis, from the Gram matrix, is cheaper than a power iteration.
 EXACT = 64
@@ -107,7 +107,7 @@ def _generator(device: torch.device, seed: int) -> torch.Generator:
 
 def _iterate(G: Tensor, Q: Tensor) -> Tensor:
     """G^T G Q up to a factor, (short, r) fp32; for a G of any size whose norm is finite in fp32."""
-    P = project(G, Q, torch.empty(len(G), Q.shape[1], device=G.device))
+    P = product(G, Q, torch.empty(len(G), Q.shape[1], device=G.device))
     P.div_(P.abs().amax().clamp_(min=TINY))
     return transposed_product(G, P)
 
