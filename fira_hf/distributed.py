@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from .functional import TINY, product
-from .subspace import EXACT, leading_eigenvectors, orthonormalize, random, random_sums, signs, transposed_product
+from .functional import TINY, product, transposed_product
+from .subspace import EXACT, leading_eigenvectors, orthonormalize, random, random_sums, signs
 
 
 def owners(costs: list[int], group: ProcessGroup | None) -> list[int]:

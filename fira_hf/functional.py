@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
+from torch.optim.adamw import adamw
 
 # The epsilon of phi and of the limiter in the published code (fira 1.0.2, fira_adamw.py).
 EPS = 1e-8
@@ -118,6 +119,21 @@ def product(G: Tensor, Q: Tensor, out: Tensor) -> Tensor:
     for block, rows in zip(row_blocks(G), row_blocks(out, like=G), strict=True):
         torch.mm(block.float(), Q, out=rows)
     return out
+
+
+def transposed_products(grads: Sequence[Tensor], P: Tensor) -> Tensor:
+    """G^T P, (B, short, r) fp32, from P (B, long, r) fp32. Other dtypes are converted in blocks."""
+    return torch.stack([transposed_product(G, p) for G, p in zip(grads, P, strict=True)])
+
+
+def transposed_product(G: Tensor, P: Tensor) -> Tensor:
+    """G^T P in fp32, (short, r)."""
+    if G.dtype == torch.float32:
+        return G.t() @ P
+    Y = torch.zeros(G.shape[1], P.shape[1], device=G.device)
+    for rows, part in zip(row_blocks(G), row_blocks(P, like=G), strict=True):
+        Y.addmm_(rows.float().t(), part)
+    return Y
 
 
 # The moments of R that a base optimizer keeps, as named in the state -> whether each has the rows and columns of R.
@@ -316,6 +332,47 @@ def store(target: Tensor, value: Tensor, generator: torch.Generator | None = Non
 def generator(like: Tensor, seed: int | None) -> torch.Generator | None:
     """A generator on the device of a tensor; None without a seed."""
     return None if seed is None else torch.Generator(like.device).manual_seed(seed)
+
+
+def dense_adamw(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    finite: Tensor,
+    weight_seeds: Sequence[int | None],
+    state_seeds: Sequence[int | None],
+    settings: dict[str, Any],
+) -> None:
+    """AdamW by torch's fused kernel, in place, of weights that are not projected; nothing where `finite` is False.
+
+    counts: updates before this one (0-dim fp32). Seeds: of what is rounded at random, or None. settings: lr, betas,
+    eps, weight_decay. The kernel wants one dtype and one memory layout. A weight that differs from its gradient or
+    moments in either is updated in blocks of its rows, in fp32, and rounded once.
+    """
+    of_kernel: dict[str, Any] = {"fused": True, "found_inf": (~finite).float(), "amsgrad": False, "maximize": False}
+    of_kernel |= {"beta1": settings["betas"][0], "beta2": settings["betas"][1]}
+    of_kernel |= {name: settings[name] for name in ("lr", "weight_decay", "eps")}
+    plain: list[tuple[Tensor, ...]] = []
+    for *tensors, count, weight_seed, state_seed in zip(
+        weights, grads, exp_avgs, exp_avg_sqs, counts, weight_seeds, state_seeds, strict=True
+    ):
+        if all(x.dtype == torch.float32 and x.stride() == tensors[0].stride() for x in tensors):
+            plain.append((*tensors, count))
+            continue
+        draws, draws_of_state = (generator(tensors[0], seed) for seed in (weight_seed, state_seed))
+        for w, g, m, v in zip(*(row_blocks(torch.atleast_1d(x)) for x in tensors), strict=True):
+            new_w, new_g, new_m, new_v = (
+                x.to(torch.float32, memory_format=torch.contiguous_format, copy=True) for x in (w, g, m, v)
+            )
+            adamw([new_w], [new_g], [new_m], [new_v], [], [count.clone()], **of_kernel)
+            store(w, new_w, draws)
+            store(m, new_m, draws_of_state)
+            store(v, new_v, draws_of_state)
+    if plain:
+        weights, grads, exp_avgs, exp_avg_sqs, counts = (list(column) for column in zip(*plain, strict=True))
+        adamw(weights, grads, exp_avgs, exp_avg_sqs, [], counts, **of_kernel)
 
 
 def row_blocks(tensor: Tensor, like: Tensor | None = None, size: int = 0) -> tuple[Tensor, ...]:

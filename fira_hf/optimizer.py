@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
-from torch.optim.adamw import adamw
 
 from . import functional as F
 from .checkpoint import check_checkpoint, pairs
@@ -304,57 +303,29 @@ class FiraAdamW(torch.optim.Optimizer):
             self._add_statistics(whole[0], whole[1], whole[2], s * c * norm, c, active)
 
     def _step_dense(self, parameters: list[Any], group: dict[str, Any], first: dict[Any, dict[str, Any]]) -> None:
-        """torch's fused AdamW, which leaves everything as it is on the device where `found_inf` is 1."""
+        """AdamW, which the device leaves out by itself where a gradient is not finite."""
         norms = torch._foreach_norm([local(p.grad) for p in parameters], 2.0, torch.float32)
         device = norms[0].device
         finite = agree(torch.isfinite(torch.stack([norm.to(device) for norm in norms])).all(), parameters)
-        settings: dict[str, Any] = {
-            "fused": True,
-            "found_inf": (~finite).float(),
-            "amsgrad": False,
-            "beta1": group["betas"][0],
-            "beta2": group["betas"][1],
-            "lr": group["lr"],
-            "weight_decay": group["weight_decay"],
-            "eps": group["eps"],
-            "maximize": False,
-        }
-        # After infinitely many steps nothing is left of the bias.
-        before = 0.0 if group["correct_bias"] else torch.inf
         states = []
         for p in parameters:
             if not self.state.get(p):
                 self._create_dense(p, group, first[p])
             states.append(self.state[p])
-
-        # The kernel wants one dtype and one memory layout. A weight that differs from its gradient or moments in
-        # either is updated in blocks of its rows, in fp32, and rounded once.
-        plain: list[tuple[Tensor, ...]] = []
-        others: list[tuple[Any, dict[str, Any], tuple[Tensor, ...]]] = []
-        for p, state in zip(parameters, states, strict=True):
-            tensors = tuple(map(local, (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])))
-            if all(x.dtype == torch.float32 and x.stride() == tensors[0].stride() for x in tensors):
-                plain.append((*tensors, state["step"]))
-            else:
-                others.append((p, state, tensors))
-        if plain:
-            weights, grads, exp_avgs, exp_avg_sqs, steps = (list(column) for column in zip(*plain, strict=True))
-            counts = list(torch._foreach_add(steps, before))
-            adamw(weights, grads, exp_avgs, exp_avg_sqs, [], counts, **settings)
-        for p, state, parts in others:
-            draws = F.generator(parts[0], rounding_seed(state)) if rounds_weight(p, group) else None
-            draws_of_state = (
-                F.generator(parts[0], rounding_seed(state, use=OF_MOMENTS)) if rounds_state(group) else None
-            )
-            for w, g, m, v in zip(*(F.row_blocks(torch.atleast_1d(x)) for x in parts), strict=True):
-                new_w, new_g, new_m, new_v = (
-                    x.to(torch.float32, memory_format=torch.contiguous_format, copy=True) for x in (w, g, m, v)
-                )
-                adamw([new_w], [new_g], [new_m], [new_v], [], [state["step"] + before], **settings)
-                F.store(w, new_w, draws)
-                F.store(m, new_m, draws_of_state)
-                F.store(v, new_v, draws_of_state)
-        steps, made = [state["step"] for state in states], finite.float()
+        steps = [state["step"] for state in states]
+        operations(parameters[0]).dense_adamw(
+            [local(p.detach()) for p in parameters],
+            [local(p.grad) for p in parameters],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
+            # After infinitely many steps nothing is left of the bias.
+            list(torch._foreach_add(steps, 0.0 if group["correct_bias"] else torch.inf)),
+            finite,
+            [rounding_seed(s) if rounds_weight(p, group) else None for p, s in zip(parameters, states, strict=True)],
+            [rounding_seed(s, use=OF_MOMENTS) if rounds_state(group) else None for s in states],
+            {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
+        )
+        made = finite.float()
         torch._foreach_add_(steps, [made.to(step.device) for step in steps])
 
     def _create_dense(self, p: Any, group: dict[str, Any], first: dict[str, Any]) -> None:

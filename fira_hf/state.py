@@ -20,8 +20,8 @@ from .distributed import Shards, local, own_of_stack, sharded_like, shards_of
 # elsewhere enough that starting the operations does not take longer than the operations.
 BATCH = {"cpu": 2**20}
 BATCH_ELSEWHERE = 2**22
-# What is rounded at random in a step, as `use` of a seed: 0 is the weight; then the moments by number, as the update and
-# as a change of basis before it leaves them.
+# What is rounded at random in a step, as `use` of a seed: 0 is the weight; then the moments by number, in the update
+# and in a change of basis before it.
 OF_MOMENTS, OF_REFRESH = 1, 4
 
 

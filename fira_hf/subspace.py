@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .functional import TINY, column_major, product, row_blocks, tall
+from .functional import TINY, column_major, product, tall, transposed_product
 
 # Up to this many columns the exact basis, from the Gram matrix, is cheaper than a power iteration.
 EXACT = 64
@@ -110,16 +110,6 @@ def _iterate(G: Tensor, Q: Tensor) -> Tensor:
     P = product(G, Q, torch.empty(len(G), Q.shape[1], device=G.device))
     P.div_(P.abs().amax().clamp_(min=TINY))
     return transposed_product(G, P)
-
-
-def transposed_product(G: Tensor, P: Tensor) -> Tensor:
-    """G^T P in fp32. Other dtypes are converted in blocks."""
-    if G.dtype == torch.float32:
-        return G.t() @ P
-    Y = torch.zeros(G.shape[1], P.shape[1], device=G.device)
-    for rows, part in zip(row_blocks(G), row_blocks(P, like=G), strict=True):
-        Y.addmm_(rows.float().t(), part)
-    return Y
 
 
 def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor | None:

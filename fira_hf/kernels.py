@@ -1,0 +1,340 @@
+"""The operations of a step in Triton, for accelerators: those of `functional` on lists of matrices, a launch each.
+
+`functional` is the reference, and what runs wherever Triton does not. Here a gradient or a weight is read once by each
+operation and a weight is written once, whatever its memory layout; no tensor of the weight's size is made.
+
+What a launch compiles in: dtypes, which strides are 1, the rank and the block sizes. What stays live: addresses and
+seeds, which come in one int64 tensor a launch, and numbers such as the learning rate. Kernels that write in place are
+not autotuned, which would run them several times on the live tensors.
+
+Products are taken on tensor cores. A half-precision gradient is exact there, and what it meets is the sum of two
+matrices of its own dtype; fp32 weights and gradients take three products in TF32. The relative error of a product is
+then about 2^-16 (bf16) or 2^-20, which does not show beside the rounding of the weight.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
+
+from . import functional as F
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def _dot(a, b, acc, INTERPRETED: tl.constexpr):
+    if INTERPRETED:  # Triton's interpreter multiplies the bits of bf16 as integers
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32))
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def _halves(x, dtype: tl.constexpr):
+    """x (fp32) as a sum of two of a narrower dtype."""
+    high = x.to(dtype)
+    return high, (x - high.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def _rounded(x, seed, offset, dtype: tl.constexpr, AT_RANDOM: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x (fp32) in a dtype; a bf16 at random as one of its neighbours: what 16 random bits carry over rounds up."""
+    if AT_RANDOM:
+        noise = tl.randint(seed, offset).to(tl.uint32, bitcast=True) & 0xFFFF
+        x = ((x.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    elif INTERPRETED and dtype == tl.bfloat16:  # the interpreter cuts off what a device rounds to nearest
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _project_kernel(
+    table, R, norms, long, short, rank, g_row, g_col, q_row, q_col,
+    G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    matrix = tl.program_id(0).to(tl.int64)
+    G = tl.load(table + 2 * matrix).to(tl.pointer_type(G_DTYPE))
+    Q = tl.load(table + 2 * matrix + 1).to(tl.pointer_type(Q_DTYPE))
+    rows = (tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
+    columns = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    product = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
+    squares = tl.zeros((BLOCK_L,), tl.float32)
+    for start in range(0, short, BLOCK_S):
+        inner = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
+        is_g = (rows[:, None] < long) & (inner[None, :] < short)
+        is_q = (inner[:, None] < short) & (columns[None, :] < rank)
+        g = tl.load(G + rows[:, None] * g_row + inner[None, :] * g_col, mask=is_g, other=0.0)
+        q = tl.load(Q + inner[:, None] * q_row + columns[None, :] * q_col, mask=is_q, other=0.0).to(tl.float32)
+        if tl.float32 == G_DTYPE:
+            product = tl.dot(g, q, product, input_precision="tf32x3")
+        else:
+            high, low = _halves(q, G_DTYPE)
+            product = _dot(g, high, product, INTERPRETED)
+            product = _dot(g, low, product, INTERPRETED)
+        wide = g.to(tl.float32)
+        squares += tl.sum(wide * wide, axis=1)
+    place = matrix * long + rows
+    inside = (rows[:, None] < long) & (columns[None, :] < rank)
+    tl.store(R + place[:, None] * rank + columns[None, :], product, mask=inside)
+    tl.store(norms + place, tl.sqrt(squares), mask=rows < long)
+
+
+@triton.jit
+def _direction_kernel(
+    table, R, N, R_norms, N_norms, active, long, rank, b1, b2, eps,
+    DTYPE: tl.constexpr, AT_RANDOM: tl.constexpr, LION: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    matrix = tl.program_id(0).to(tl.int64)
+    on = tl.load(active + matrix).to(tl.int32) + tl.zeros((BLOCK_L, BLOCK_R), tl.int32) != 0
+    M = tl.load(table + 4 * matrix).to(tl.pointer_type(DTYPE))
+    V = tl.load(table + 4 * matrix + 1).to(tl.pointer_type(DTYPE))
+    rows = (tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
+    columns = tl.arange(0, BLOCK_R)
+    inside = (rows[:, None] < long) & (columns[None, :] < rank) & on
+    own = rows[:, None] * rank + columns[None, :]
+    place = matrix * long + rows
+    r = tl.load(R + place[:, None] * rank + columns[None, :], mask=inside, other=0.0)
+    m = tl.load(M + own, mask=inside, other=0.0).to(tl.float32)
+    if LION:
+        mixed = b1 * m + (1 - b1) * r
+        n = tl.where(mixed > 0, 1.0, 0.0) - tl.where(mixed < 0, 1.0, 0.0)
+        m = b2 * m + (1 - b2) * r
+    else:
+        v = tl.load(V + own, mask=inside, other=0.0).to(tl.float32)
+        m = b1 * m + (1 - b1) * r
+        v = b2 * v + (1 - b2) * r * r
+        n = tl.where(inside, m / (tl.sqrt(v) + eps), 0.0)
+        tl.store(
+            V + own, _rounded(v, tl.load(table + 4 * matrix + 3), own, DTYPE, AT_RANDOM, INTERPRETED), mask=inside
+        )
+    tl.store(M + own, _rounded(m, tl.load(table + 4 * matrix + 2), own, DTYPE, AT_RANDOM, INTERPRETED), mask=inside)
+    written = (rows[:, None] < long) & (columns[None, :] < rank)
+    tl.store(N + place[:, None] * rank + columns[None, :], n, mask=written)
+    tl.store(R_norms + place, tl.sqrt(tl.sum(r * r, axis=1)), mask=rows < long)
+    tl.store(N_norms + place, tl.sqrt(tl.sum(n * n, axis=1)), mask=rows < long)
+
+
+@triton.jit
+def _update_kernel(
+    table, N, R, a, B, active, long, short, rank, k, decay, w_row, w_col, g_row, g_col, q_row, q_col,
+    W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, HAS_R: tl.constexpr, AT_RANDOM: tl.constexpr,
+    INTERPRETED: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    matrix = tl.program_id(0).to(tl.int64)
+    if tl.load(active + matrix) != 0:
+        W = tl.load(table + 4 * matrix).to(tl.pointer_type(W_DTYPE))
+        G = tl.load(table + 4 * matrix + 1).to(tl.pointer_type(G_DTYPE))
+        Q = tl.load(table + 4 * matrix + 2).to(tl.pointer_type(Q_DTYPE))
+        rows = (tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
+        columns = (tl.program_id(2) * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)
+        place = matrix * long + rows
+        b = tl.load(B + place, mask=rows < long, other=0.0)
+        scale = tl.load(a + matrix)
+        product = tl.zeros((BLOCK_L, BLOCK_S), tl.float32)
+        for start in range(0, rank, BLOCK_R):
+            inner = start + tl.arange(0, BLOCK_R)
+            is_low_rank = (rows[:, None] < long) & (inner[None, :] < rank)
+            n = scale * tl.load(N + place[:, None] * rank + inner[None, :], mask=is_low_rank, other=0.0)
+            if HAS_R:
+                r = tl.load(R + place[:, None] * rank + inner[None, :], mask=is_low_rank, other=0.0)
+                n -= (k * b)[:, None] * r
+            is_q = (inner[:, None] < rank) & (columns[None, :] < short)
+            q = tl.load(Q + columns[None, :] * q_row + inner[:, None] * q_col, mask=is_q, other=0.0).to(tl.float32)
+            if tl.float32 == W_DTYPE:
+                product = tl.dot(n, q, product, input_precision="tf32x3")
+            else:
+                n_high, n_low = _halves(n, tl.bfloat16)
+                q_high, q_low = _halves(q, tl.bfloat16)
+                product = _dot(n_high, q_high, product, INTERPRETED)
+                product = _dot(n_high, q_low, product, INTERPRETED)
+                product = _dot(n_low, q_high, product, INTERPRETED)
+        inside = (rows[:, None] < long) & (columns[None, :] < short)
+        of_w = rows[:, None] * w_row + columns[None, :] * w_col
+        g = tl.load(G + rows[:, None] * g_row + columns[None, :] * g_col, mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(W + of_w, mask=inside, other=0.0).to(tl.float32)
+        w = decay * (w - product - b[:, None] * g)
+        own = rows[:, None] * short + columns[None, :]
+        tl.store(
+            W + of_w, _rounded(w, tl.load(table + 4 * matrix + 3), own, W_DTYPE, AT_RANDOM, INTERPRETED), mask=inside
+        )
+
+
+@triton.jit
+def _adamw_kernel(
+    table, c1, c2, finite, size, lr, b1, b2, eps, decay,
+    W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, M_DTYPE: tl.constexpr,
+    ROUNDS_W: tl.constexpr, ROUNDS_M: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    weight = tl.program_id(0).to(tl.int64)
+    if tl.load(finite) != 0:
+        W = tl.load(table + 7 * weight).to(tl.pointer_type(W_DTYPE))
+        G = tl.load(table + 7 * weight + 1).to(tl.pointer_type(G_DTYPE))
+        M = tl.load(table + 7 * weight + 2).to(tl.pointer_type(M_DTYPE))
+        V = tl.load(table + 7 * weight + 3).to(tl.pointer_type(M_DTYPE))
+        i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        g = tl.load(G + i, mask=i < size, other=0.0).to(tl.float32)
+        w = tl.load(W + i, mask=i < size, other=0.0).to(tl.float32)
+        m = b1 * tl.load(M + i, mask=i < size, other=0.0).to(tl.float32) + (1 - b1) * g
+        v = b2 * tl.load(V + i, mask=i < size, other=0.0).to(tl.float32) + (1 - b2) * g * g
+        step = lr / tl.load(c1 + weight)
+        w = decay * w - step * m / (tl.sqrt(v) / tl.sqrt(tl.load(c2 + weight)) + eps)
+        tl.store(W + i, _rounded(w, tl.load(table + 7 * weight + 4), i, W_DTYPE, ROUNDS_W, INTERPRETED), mask=i < size)
+        tl.store(M + i, _rounded(m, tl.load(table + 7 * weight + 5), i, M_DTYPE, ROUNDS_M, INTERPRETED), mask=i < size)
+        tl.store(V + i, _rounded(v, tl.load(table + 7 * weight + 6), i, M_DTYPE, ROUNDS_M, INTERPRETED), mask=i < size)
+
+
+INTERPRETED = isinstance(_project_kernel, InterpretedFunction)
+
+
+def _table(*columns: Sequence[Any]) -> Tensor:
+    """(matrices, columns) int64 on the device: addresses of tensors, and numbers."""
+    rows = [[x.data_ptr() if isinstance(x, Tensor) else x for x in row] for row in zip(*columns, strict=True)]
+    device = next(x.device for column in columns for x in column if isinstance(x, Tensor))
+    return torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def _power_of_2(size: int, least: int, most: int) -> int:
+    return int(min(most, max(least, triton.next_power_of_2(size))))
+
+
+def project(grads: Sequence[Tensor], bases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """See `functional.project`. One pass over G for up to 256 columns of Q."""
+    (long, short), rank = grads[0].shape, bases[0].shape[1]
+    R = torch.empty(len(grads), long, rank, device=grads[0].device)
+    norms = R.new_empty(len(grads), long, 1)
+    # No spilled registers and less than 99 KiB of shared memory, by what ptxas says for compute capabilities 8 and 9.
+    block_r = _power_of_2(rank, 16, 256)
+    block_l = 64 if block_r <= 128 else 32
+    if long:
+        _project_kernel[len(grads), triton.cdiv(long, block_l), triton.cdiv(rank, block_r)](
+            _table(grads, bases), R, norms, long, short, rank, *grads[0].stride(), *bases[0].stride(),
+            G_DTYPE=DTYPES[grads[0].dtype], Q_DTYPE=DTYPES[bases[0].dtype], INTERPRETED=INTERPRETED,
+            BLOCK_L=block_l, BLOCK_S=32, BLOCK_R=block_r, num_warps=4 if block_r <= 64 else 8, num_stages=2,
+        )  # fmt: skip
+    return R, norms
+
+
+def transposed_products(grads: Sequence[Tensor], P: Tensor) -> Tensor:
+    """See `functional.transposed_products`."""
+    return project([G.t() for G in grads], list(P))[0]
+
+
+def direction(
+    base_optimizer: str,
+    R: Tensor,
+    stored: Sequence[Sequence[Tensor]],
+    betas: tuple[float, float],
+    eps: float,
+    active: Tensor,
+    seeds: Sequence[Sequence[int]] | None = None,
+    total: F.Total = F.total_norms,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `functional.direction`, which makes Adafactor's, with means over both sides. One pass over R and moments."""
+    if base_optimizer == "adafactor":
+        return F.direction(base_optimizer, R, list(map(list, stored)), betas, eps, active, seeds, total)
+    count, long, rank = R.shape
+    M, V = stored[0], stored[-1]  # Lion has one, and reads no other
+    N = torch.empty_like(R)
+    R_norms, N_norms = R.new_empty(count, long, 1), R.new_empty(count, long, 1)
+    block_r = _power_of_2(rank, 1, rank * 2)
+    block_l = max(1, 2**12 // block_r)
+    if long:
+        none = [0] * count
+        _direction_kernel[count, triton.cdiv(long, block_l)](
+            _table(M, V, seeds[0] if seeds else none, seeds[-1] if seeds else none),
+            R, N, R_norms, N_norms, active, long, rank, *betas, eps,
+            DTYPE=DTYPES[M[0].dtype], AT_RANDOM=seeds is not None and M[0].dtype == torch.bfloat16,
+            LION=base_optimizer == "lion", INTERPRETED=INTERPRETED, BLOCK_L=block_l, BLOCK_R=block_r,
+        )  # fmt: skip
+    return N, R_norms, N_norms
+
+
+def apply_updates(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    N: Tensor,
+    R: Tensor | None,
+    a: Tensor,
+    k: float,
+    B: Tensor,
+    bases: Sequence[Tensor],
+    decay: float,
+    active: Tensor,
+    seeds: Sequence[int] | None = None,
+) -> None:
+    """See `functional.apply_updates`. One pass over W and G, the product with Q^T included."""
+    count, long, rank = N.shape
+    short = weights[0].shape[1]
+    if not long or not short:
+        return
+    N, B = N.contiguous(), B.contiguous()
+    _update_kernel[count, triton.cdiv(long, 64), triton.cdiv(short, 64)](
+        _table(weights, grads, bases, seeds or [0] * count), N, N if R is None else R, a, B, active,
+        long, short, rank, k, decay, *weights[0].stride(), *grads[0].stride(), *bases[0].stride(),
+        W_DTYPE=DTYPES[weights[0].dtype], G_DTYPE=DTYPES[grads[0].dtype], Q_DTYPE=DTYPES[bases[0].dtype],
+        HAS_R=R is not None, AT_RANDOM=seeds is not None, INTERPRETED=INTERPRETED,
+        BLOCK_L=64, BLOCK_S=64, BLOCK_R=32, num_warps=8, num_stages=2,
+    )  # fmt: skip
+
+
+def dense_adamw(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    finite: Tensor,
+    weight_seeds: Sequence[int | None],
+    state_seeds: Sequence[int | None],
+    settings: dict[str, Any],
+) -> None:
+    """See `functional.dense_adamw`. Weights that are not fp32 throughout: one launch for all of a size."""
+    alike: dict[Any, list[tuple[Any, ...]]] = defaultdict(list)
+    columns = (weights, grads, exp_avgs, exp_avg_sqs, counts, weight_seeds, state_seeds)
+    for item in zip(*columns, strict=True):
+        tensors = item[:4]
+        kind = tuple((x.dtype, x.stride()) for x in tensors)
+        is_fp32 = all(x.dtype == torch.float32 for x in tensors)
+        # Memory is gone through from end to end, so it must be without gaps, and alike in all four.
+        is_dense = len({x.stride() for x in tensors}) == 1 and _has_no_gaps(tensors[0])
+        rounds = tuple(seed is not None for seed in item[5:])
+        alike[None if is_fp32 or not is_dense else (item[0].numel(), kind, rounds)].append(item)
+    for key, items in alike.items():
+        W, G, M, V, steps, w_seeds, m_seeds = (list(column) for column in zip(*items, strict=True))
+        if key is None:
+            F.dense_adamw(W, G, M, V, steps, finite, w_seeds, m_seeds, settings)
+            continue
+        b1, b2 = settings["betas"]
+        t = torch.stack(steps) + 1
+        size = W[0].numel()
+        seeds = [[seed or 0 for seed in of] for of in (w_seeds, m_seeds)]
+        second = [seed + 1 for seed in seeds[1]]  # the two moments of a weight are drawn apart
+        if size:
+            _adamw_kernel[len(W), triton.cdiv(size, 1024)](
+                _table(W, G, M, V, *seeds, second),
+                F.bias_correction(b1, t), F.bias_correction(b2, t), finite, size, settings["lr"], b1, b2,
+                settings["eps"], 1 - settings["lr"] * settings["weight_decay"],
+                W_DTYPE=DTYPES[W[0].dtype], G_DTYPE=DTYPES[G[0].dtype], M_DTYPE=DTYPES[M[0].dtype],
+                ROUNDS_W=w_seeds[0] is not None, ROUNDS_M=m_seeds[0] is not None and M[0].dtype == torch.bfloat16,
+                INTERPRETED=INTERPRETED, BLOCK=1024,
+            )  # fmt: skip
+
+
+def _has_no_gaps(tensor: Tensor) -> bool:
+    sides = sorted(zip(tensor.stride(), tensor.shape, strict=True))
+    expected = 1
+    for stride, length in sides:
+        if length > 1 and stride != expected:
+            return False
+        expected *= length
+    return True
