@@ -11,8 +11,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from .functional import TINY, product, transposed_product
-from .subspace import EXACT, leading_eigenvectors, orthonormalize, random, random_sums, signs
+from .functional import TINY, are_usable, product, transposed_product
+from .subspace import (
+    EXACT,
+    cholesky_qr,
+    draw,
+    leading_eigenvectors,
+    orthonormalize,
+    random,
+    random_sums,
+    signs,
+)
 
 
 def owners(costs: list[int], group: ProcessGroup | None) -> list[int]:
@@ -29,13 +38,13 @@ def is_own(owner: int, group: ProcessGroup | None) -> bool:
     return group is None or dist.get_rank(group) == owner
 
 
-def broadcast(Q: Tensor | None, like: Tensor, owner: int, group: ProcessGroup) -> Tensor | None:
-    """The basis, (short, r) as `like`, that rank `owner` of the group found; None where it found none."""
+def broadcast(Q: Tensor | None, like: Tensor, owner: int, group: ProcessGroup) -> Tensor:
+    """The basis, (short, r) as `like`, that rank `owner` of the group found; NaN where it found none."""
     flat = torch.empty_like(like.t(), memory_format=torch.contiguous_format)
     if is_own(owner, group):
         flat.copy_(torch.full_like(like, torch.nan).t() if Q is None else Q.t())
     dist.broadcast(flat, group=group, group_src=owner)
-    return None if flat[0, 0].isnan() else flat.t()
+    return flat.t()
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,14 @@ class Shards:
                 return previous
             (previous,) = orthonormalize(self._iterate(G, previous, short)[None])
         return None if previous is None else orthonormalize(self._iterate(G, previous, short)[None])[0]
+
+    def refine(self, G: Tensor, previous: Tensor, method: str, seed: int, short: int) -> tuple[Tensor, Tensor]:
+        """What `subspace.refine` does, for one gradient of which this process has the part G."""
+        norm = self.total(torch.linalg.vector_norm(G, dtype=torch.float32).view(1, 1, 1))
+        is_random = method == "random"
+        Y = draw(previous.shape, G.device, seed) if is_random else self._iterate(G, previous.float(), short)
+        Q, good = cholesky_qr(Y[None])
+        return Q[0], good[0] & are_usable(norm)[0]
 
     def _iterate(self, G: Tensor, Q: Tensor, short: int) -> Tensor:
         """G^T G Q up to a factor, (short, r)."""

@@ -208,18 +208,19 @@ def _power_of_2(size: int, least: int, most: int) -> int:
 
 
 def project(grads: Sequence[Tensor], bases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """See `functional.project`. One pass over G for up to 256 columns of Q."""
+    """See `functional.project`. One pass over G for up to 256 columns of Q (fp32: 128)."""
     (long, short), rank = grads[0].shape, bases[0].shape[1]
     R = torch.empty(len(grads), long, rank, device=grads[0].device)
     norms = R.new_empty(len(grads), long, 1)
     # No spilled registers and less than 99 KiB of shared memory, by what ptxas says for compute capabilities 8 and 9.
-    block_r = _power_of_2(rank, 16, 256)
-    block_l = 64 if block_r <= 128 else 32
+    is_half = grads[0].dtype != torch.float32
+    block_r = _power_of_2(rank, 16, 256 if is_half else 128)
+    block_l = 64 if block_r <= (128 if is_half else 64) else 32
     if long:
         _project_kernel[len(grads), triton.cdiv(long, block_l), triton.cdiv(rank, block_r)](
             _table(grads, bases), R, norms, long, short, rank, *grads[0].stride(), *bases[0].stride(),
             G_DTYPE=DTYPES[grads[0].dtype], Q_DTYPE=DTYPES[bases[0].dtype], INTERPRETED=INTERPRETED,
-            BLOCK_L=block_l, BLOCK_S=32, BLOCK_R=block_r, num_warps=4 if block_r <= 64 else 8, num_stages=2,
+            BLOCK_L=block_l, BLOCK_S=32, BLOCK_R=block_r, num_warps=4 if block_r <= 64 and is_half else 8, num_stages=2,
         )  # fmt: skip
     return R, norms
 
@@ -247,7 +248,7 @@ def direction(
     N = torch.empty_like(R)
     R_norms, N_norms = R.new_empty(count, long, 1), R.new_empty(count, long, 1)
     block_r = _power_of_2(rank, 1, rank * 2)
-    block_l = max(1, 2**12 // block_r)
+    block_l = max(1, 2**11 // block_r)
     if long:
         none = [0] * count
         _direction_kernel[count, triton.cdiv(long, block_l)](
@@ -278,12 +279,13 @@ def apply_updates(
     if not long or not short:
         return
     N, B = N.contiguous(), B.contiguous()
-    _update_kernel[count, triton.cdiv(long, 64), triton.cdiv(short, 64)](
+    block_s = 64 if weights[0].dtype != torch.float32 else 128
+    _update_kernel[count, triton.cdiv(long, 64), triton.cdiv(short, block_s)](
         _table(weights, grads, bases, seeds or [0] * count), N, N if R is None else R, a, B, active,
         long, short, rank, k, decay, *weights[0].stride(), *grads[0].stride(), *bases[0].stride(),
         W_DTYPE=DTYPES[weights[0].dtype], G_DTYPE=DTYPES[grads[0].dtype], Q_DTYPE=DTYPES[bases[0].dtype],
         HAS_R=R is not None, AT_RANDOM=seeds is not None, INTERPRETED=INTERPRETED,
-        BLOCK_L=64, BLOCK_S=64, BLOCK_R=32, num_warps=8, num_stages=2,
+        BLOCK_L=64, BLOCK_S=block_s, BLOCK_R=32, num_warps=8, num_stages=2,
     )  # fmt: skip
 
 

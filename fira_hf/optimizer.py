@@ -56,10 +56,11 @@ class FiraAdamW(torch.optim.Optimizer):
     so by `load_state_dict`):
 
         step           0-dim           updates made (fp32, on the weight's device)
-        phase          int             the basis is due at updates `phase`, `phase` + `update_proj_gap`, ...
+        phase          int             the basis is due at updates `phase`, `phase` + `update_proj_gap`, ...; on an
+                                       accelerator, whose updates the host does not know, at calls
         refresh_in     int             calls of `step()` that can pass before the basis may be due (not in checkpoints)
         seed           int             of what is drawn at random
-        rounded        int             steps that rounded at random
+        calls          int             of `step()` with a gradient, usable or not, since the first one
         basis          short x r       orthonormal columns
         exp_avg        long x r        first moment of G Q
         exp_avg_sq     long x r        second moment of G Q (base_optimizer="adamw")
@@ -71,12 +72,12 @@ class FiraAdamW(torch.optim.Optimizer):
     another), and a list of `refresh_in`, with None for a matrix that has had no gradient yet. `phase` is that of the
     first of them; where refreshes are staggered, those of the others are spread evenly over the interval.
 
-    A weight of a group without `rank` has `step`, `seed`, `rounded`, and `exp_avg` and `exp_avg_sq` of its own shape.
+    A weight of a group without `rank` has `step`, `seed`, `calls`, and `exp_avg` and `exp_avg_sq` of its own shape.
 
     A gradient that is zero or not finite changes nothing of a projected weight and its state. A group without `rank`
     is passed over for a step in which one of its gradients is not finite. For both, one counts as not finite, too,
     when the square of its norm is not in fp32 (a norm beyond 1.8e19), as the second moment would not be.
-    Ordinary steps do not synchronise an accelerator with the host; one that may refresh a basis does.
+    An accelerator is not synchronised with the host but for first bases (and `projection="svd"`).
 
     Args:
         params: parameters, (name, parameter) pairs, or groups of either.
@@ -192,8 +193,8 @@ class FiraAdamW(torch.optim.Optimizer):
         if is_rehearsal:
             return
         for p in parameters:
-            if self.state.get(p) and (rounds_state(group) or rounds_weight(p, group)):
-                self.state[p]["rounded"] += 1
+            if self.state.get(p):
+                self.state[p]["calls"] += 1
         # Under autocast the products would be taken in half precision.
         with torch.autocast(parameters[0].device.type, enabled=False):
             if "rank" in group:

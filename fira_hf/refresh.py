@@ -10,8 +10,8 @@ from torch.distributed import ProcessGroup
 
 from . import functional as F
 from .distributed import broadcast, is_own, owners
-from .state import OF_REFRESH, Matrix, batches, rounds_state, seed_of
-from .subspace import find_bases, nearest_rotation
+from .state import OF_REFRESH, Matrix, batches, operations, rounds_state, seed_of
+from .subspace import find_bases, nearest_rotation, refine
 
 
 def refresh(
@@ -22,9 +22,17 @@ def refresh(
 ) -> None:
     """Finds the bases of a parameter group that are due, and creates the states of matrices with the first ones.
 
-    Where none may be due this costs nothing; otherwise the host reads which gradients are usable, and `step`.
+    On the CPU a basis is due by the updates that its matrix has made, so the host looks at `step`, and at which
+    gradients are usable. An accelerator is read for first bases only: later ones are due by calls, which the host
+    counts, and the device keeps the old basis where the gradient is not usable. (Not so with "svd" and "aligned", since
+    torch reads the device to decompose.)
     `first_states`: of the parameters that have none. `process_group`: replicas that share the work.
     """
+    if matrices and matrices[0].parameter.device.type != "cpu" and group["projection"] != "svd":
+        begun = [matrix for matrix in matrices if matrix.begun]
+        gap = group["update_proj_gap"]
+        _refine([m for m in begun if (m.phase(group) - m.state["calls"]) % gap == 0], group, process_group)
+        matrices = [matrix for matrix in matrices if not matrix.begun]
     due = _due([matrix for matrix in matrices if not matrix.begun or matrix["refresh_in"] == 0], group, first_states)
     if not due:
         return
@@ -53,7 +61,8 @@ def refresh(
         for matrix, (_, wait, _) in due.items():
             short = min(matrix.weight.shape)
             like = matrix.grad.new_empty(short, min(rank, short), dtype=torch.float32)
-            _take(matrix, broadcast(own.get(matrix), like, owner[matrix], process_group), wait, group)
+            Q = broadcast(own.get(matrix), like, owner[matrix], process_group)
+            _take(matrix, None if Q[0, 0].isnan() else Q, wait, group)
 
 
 def _due(
@@ -87,26 +96,52 @@ def _due(
     return due
 
 
+def _refine(due: list[Matrix], group: dict[str, Any], process_group: ProcessGroup | None) -> None:
+    """New bases for matrices that have one, without a read by the host."""
+    owner = dict(zip(due, owners([matrix.weight.numel() for matrix in due], process_group), strict=True))
+    found: dict[Matrix, tuple[Tensor, Tensor]] = {}
+    for batch in batches((m for m in due if m.shards or is_own(owner[m], process_group)), group["rank"]):
+        ops, shards = operations(batch[0].parameter), batch[0].shards
+        grads, previous = [matrix.tall(matrix.grad) for matrix in batch], [matrix["basis"] for matrix in batch]
+        seeds = [seed_of(matrix.state, matrix.place, matrix.state["calls"]) for matrix in batch]
+        if shards:
+            each = zip(grads, previous, seeds, strict=True)
+            new = [shards.refine(G, Q, group["projection"], seed, min(batch[0].shape)) for G, Q, seed in each]
+        else:
+            new = list(zip(*refine(ops, grads, group["projection"], previous, seeds), strict=True))
+        found |= dict(zip(batch, new, strict=True))
+    for matrix in due:
+        if process_group is not None and not matrix.shards:
+            Q = torch.where(found[matrix][1], found[matrix][0], torch.nan) if matrix in found else None
+            Q = broadcast(Q, matrix["basis"].float(), owner[matrix], process_group)
+            found[matrix] = Q, ~Q[0, 0].isnan()
+        _change_basis(matrix, *found.pop(matrix), group)
+
+
 def _take(matrix: Matrix, Q: Tensor | None, wait: int, group: dict[str, Any]) -> None:
     """Gives the matrix its new basis; None is a basis that could not be found: the old one stays, if there is one."""
     if Q is not None and matrix.begun:
-        _change_basis(matrix, Q, group)
+        _change_basis(matrix, Q, None, group)
     elif Q is not None:
         matrix.begin(Q, group)
     if matrix.begun:
         matrix["refresh_in"] = wait
 
 
-def _change_basis(matrix: Matrix, Q: Tensor, group: dict[str, Any]) -> None:
+def _change_basis(matrix: Matrix, Q: Tensor, good: Tensor | None, group: dict[str, Any]) -> None:
+    """`good`: a 0-dim bool on the device; where it is False, everything stays as it is. None: it is."""
+    before = matrix["basis"].float()
+    if good is not None:
+        Q = torch.where(good, Q, before)
     if group["moments"] == "aligned":
-        Q = Q @ nearest_rotation(Q.t() @ matrix["basis"].float())
+        Q = Q @ nearest_rotation(Q.t() @ before)
     elif group["moments"] == "rotated":
-        C = matrix["basis"].float().t() @ Q
+        C = before.t() @ Q
         b1, b2 = (F.bias_correction(beta, matrix["step"]) for beta in group["betas"])
         stored = [matrix[name] for name in F.MOMENTS[group["base_optimizer"]]]
-        moments = [moment.float() for moment in stored]
+        moments = [moment.float() if good is None else moment.to(torch.float32, copy=True) for moment in stored]
         F.rotate_moments(group["base_optimizer"], moments, C, b2 / b1.square())
         for use, (old, new) in enumerate(zip(stored, moments, strict=True)):
             seed = matrix.rounding_seed(use + OF_REFRESH) if rounds_state(group) else None
-            F.store(old, new, F.generator(old, seed))
+            F.store(old, new if good is None else torch.where(good, new, old), F.generator(old, seed))
     matrix["basis"].copy_(Q)

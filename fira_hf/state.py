@@ -38,7 +38,7 @@ def first_states(param_groups: list[dict[str, Any]]) -> dict[Any, dict[str, Any]
     before = 0
     for group in param_groups:
         for p in group["params"]:
-            first[p] = {"seed": len(first), "rounded": 0}
+            first[p] = {"seed": len(first), "calls": 0}
             if "rank" not in group:
                 continue
             first[p]["phase"] = 0
@@ -273,7 +273,7 @@ def rounds_weight(p: Tensor, group: dict[str, Any]) -> bool:
 
 def rounding_seed(state: dict[str, Any], place: int = 0, use: int = 0) -> int:
     """The seed of one rounding of a matrix in this step; `use` tells apart what is rounded within a step."""
-    return seed_of(state, place, state["rounded"], use)
+    return seed_of(state, place, state["calls"], use)
 
 
 def operations(p: Tensor) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .functional import TINY, column_major, product, tall, transposed_product
+from .functional import TINY, are_usable, column_major, product, tall, transposed_product
 
 # Up to this many columns the exact basis, from the Gram matrix, is cheaper than a power iteration.
 EXACT = 64
@@ -67,10 +68,8 @@ def power(grads: Sequence[Tensor], rank: int, previous: Sequence[Tensor | None],
 
 def random(grads: Sequence[Tensor], rank: int, previous: Sequence[Tensor | None], seeds: Sequence[int]) -> Bases:
     """A random subspace, whatever the gradient (as in Flora 2402.03293 and APOLLO 2412.05270, but orthonormal)."""
-    short, device = min(grads[0].shape), grads[0].device
-    shape = (short, min(rank, short))
-    draws = [torch.randn(shape, device=device, generator=_generator(device, seed)) for seed in seeds]
-    return orthonormalize(torch.stack(draws))
+    short = min(grads[0].shape)
+    return orthonormalize(torch.stack([draw((short, min(rank, short)), grads[0].device, seed) for seed in seeds]))
 
 
 def sketch(grads: Sequence[Tensor], rank: int, previous: Sequence[Tensor | None], seeds: Sequence[int]) -> Bases:
@@ -117,8 +116,33 @@ def leading_eigenvectors(gram: Tensor, rank: int) -> Tensor | None:
     return _in_fp32_or_fp64(lambda gram: torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :rank], gram)
 
 
-def orthonormalize(Y: Tensor) -> Bases:
-    """Orthonormal bases of the columns of Y, (B, short, r): CholeskyQR twice, or QR where that is not accurate."""
+def refine(
+    ops: Any, grads: Sequence[Tensor], method: str, previous: Sequence[Tensor], seeds: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """New bases, (B, short, r) fp32, from previous ones, and which of them are good, (B,) bool: nothing is read by the
+    host, as "svd" would be.
+
+    grads: with the long side first, of any values; a basis is not good where its gradient is zero or not finite.
+    ops: `functional` or `kernels`.
+    """
+    if method == "random":
+        norms = torch.stack(torch._foreach_norm(list(grads), 2.0, torch.float32)).view(-1, 1, 1)
+        Y = torch.stack([draw(Q.shape, Q.device, seed) for Q, seed in zip(previous, seeds, strict=True)])
+    else:
+        P, norms = ops.project(grads, previous)
+        P.div_(P.abs().amax(dim=(1, 2), keepdim=True).clamp_(min=TINY))
+        Y = ops.transposed_products(grads, P)
+    Q, good = cholesky_qr(Y)
+    return Q, good & are_usable(norms)
+
+
+def draw(shape: torch.Size | tuple[int, int], device: torch.device, seed: int) -> Tensor:
+    """A random matrix, fp32."""
+    return torch.randn(shape, device=device, generator=_generator(device, seed))
+
+
+def cholesky_qr(Y: Tensor) -> tuple[Tensor, Tensor]:
+    """CholeskyQR twice: Q, (B, short, r), and whether it is orthonormal, (B,) bool."""
     Y = Y / Y.abs().amax(dim=(-2, -1), keepdim=True).clamp_(min=TINY)
     Q = Y / torch.linalg.vector_norm(Y, dim=-2, keepdim=True).clamp_(min=TINY)
     eye = torch.eye(Y.shape[-1], device=Y.device).expand(len(Y), -1, -1)
@@ -127,7 +151,13 @@ def orthonormalize(Y: Tensor) -> Bases:
         # of the small factor takes half as long as solving for all of Q.
         L = torch.linalg.cholesky_ex(Q.mT @ Q).L
         Q = Q @ torch.linalg.solve_triangular(L, eye, upper=False).mT
-    good = _orthogonality_error(Q) <= TOLERANCE  # False for NaN, too
+    return Q, _orthogonality_error(Q) <= TOLERANCE  # False for NaN, too
+
+
+def orthonormalize(Y: Tensor) -> Bases:
+    """Orthonormal bases of the columns of Y, (B, short, r): CholeskyQR twice, or QR where that is not accurate."""
+    Y = Y / Y.abs().amax(dim=(-2, -1), keepdim=True).clamp_(min=TINY)
+    Q, good = cholesky_qr(Y)
     return [
         column_major(q) if ok else _in_fp32_or_fp64(lambda y: torch.linalg.qr(y).Q, y)
         for q, y, ok in zip(Q, Y, good.tolist(), strict=True)

@@ -57,7 +57,7 @@ def state_equals(state, index, other):
     """Whether entry `index` of a stacked state is the state of a matrix by itself."""
     assert state.keys() == other.keys()
     for name, value in other.items():
-        if name in ("seed", "rounded", "phase"):  # one for all of the stack
+        if name in ("seed", "calls", "phase"):  # one for all of the stack
             continue
         entry = state[name][index]
         assert torch.equal(entry, value) if torch.is_tensor(value) else entry == value, name
@@ -139,7 +139,7 @@ def test_an_expert_without_a_usable_gradient_is_left_untouched(when, bad, settin
         state = together.state.get(stack, {})
         before = (
             stack[idle].clone(),
-            {k: copy.deepcopy(v[idle]) for k, v in state.items() if k not in ("seed", "rounded", "phase")},
+            {k: copy.deepcopy(v[idle]) for k, v in state.items() if k not in ("seed", "calls", "phase")},
         )
         apart.step()
         together.step()
