@@ -220,7 +220,8 @@ def project(grads: Sequence[Tensor], bases: Sequence[Tensor]) -> tuple[Tensor, T
         _project_kernel[len(grads), triton.cdiv(long, block_l), triton.cdiv(rank, block_r)](
             _table(grads, bases), R, norms, long, short, rank, *grads[0].stride(), *bases[0].stride(),
             G_DTYPE=DTYPES[grads[0].dtype], Q_DTYPE=DTYPES[bases[0].dtype], INTERPRETED=INTERPRETED,
-            BLOCK_L=block_l, BLOCK_S=32, BLOCK_R=block_r, num_warps=4 if block_r <= 64 and is_half else 8, num_stages=2,
+            BLOCK_L=block_l, BLOCK_S=32, BLOCK_R=block_r,
+            num_warps=4 if is_half and block_r <= 64 else 8, num_stages=2,
         )  # fmt: skip
     return R, norms
 

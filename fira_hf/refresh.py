@@ -24,8 +24,8 @@ def refresh(
 
     On the CPU a basis is due by the updates that its matrix has made, so the host looks at `step`, and at which
     gradients are usable. An accelerator is read for first bases only: later ones are due by calls, which the host
-    counts, and the device keeps the old basis where the gradient is not usable. (Not so with "svd" and "aligned", since
-    torch reads the device to decompose.)
+    counts, and the device keeps the old basis where the gradient is not usable. (Not with "svd" and "aligned": torch
+    reads the device to decompose.)
     `first_states`: of the parameters that have none. `process_group`: replicas that share the work.
     """
     if matrices and matrices[0].parameter.device.type != "cpu" and group["projection"] != "svd":
