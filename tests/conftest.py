@@ -123,6 +123,25 @@ def launch(script: str, folder: Path, processes: int, *arguments: str) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+# What others print when they are imported is theirs: bitsandbytes, which they import where it is installed, has a line
+# for some CPUs.
+IMPORT_OTHERS = """
+import sys
+import peft, transformers.trainer
+
+for stream in (sys.stdout, sys.stderr):
+    print("<ours>", file=stream, flush=True)
+"""
+
+
+def run_quietly(code: str, *words: str) -> tuple[int, str, str]:
+    """Runs code with these arguments in a fresh process: its exit code and what it prints itself, stdout and stderr."""
+    command = [sys.executable, "-c", IMPORT_OTHERS + code, *words]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    out, err = (text.partition("<ours>\n")[2] if "<ours>" in text else text for text in (result.stdout, result.stderr))
+    return result.returncode, out, err
+
+
 def _train_words(preset: Path, method: str, folder: Path, words: tuple[str, ...]) -> list[str]:
     return [str(preset / f"{method}.yaml"), "--output_dir", str(folder), *words]
 

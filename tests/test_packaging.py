@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import fira_hf
-from conftest import PROJECT
+from conftest import PROJECT, run_quietly
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,9 +56,8 @@ def test_version_is_said_once() -> None:
 
 def test_import_is_quiet() -> None:
     """In a fresh process: neither a warning nor a line of output, and nothing that only recipes and tests need."""
-    code = "import fira_hf, sys; assert not {'fira', 'galore_torch', 'recipes'} & set(sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    code = "import fira_hf; assert not {'fira', 'galore_torch', 'recipes'} & set(sys.modules)"
+    assert run_quietly(code) == (0, "", "")
 
 
 def test_constraints_satisfy_the_project() -> None:
