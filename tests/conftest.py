@@ -135,7 +135,7 @@ for stream in (sys.stdout, sys.stderr):
 
 
 def run_quietly(code: str, *words: str) -> tuple[int, str, str]:
-    """Runs code with these arguments in a fresh process: its exit code and what it prints itself, stdout and stderr."""
+    """Runs code with these arguments in a fresh process: its exit code, and what it prints itself (stdout, stderr)."""
     command = [sys.executable, "-c", IMPORT_OTHERS + code, *words]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     out, err = (text.partition("<ours>\n")[2] if "<ours>" in text else text for text in (result.stdout, result.stderr))

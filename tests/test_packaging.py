@@ -60,6 +60,12 @@ def test_import_is_quiet() -> None:
     assert run_quietly(code) == (0, "", "")
 
 
+def test_the_recipes_do_not_repeat_what_bitsandbytes_lacks_on_some_cpus() -> None:
+    code = "import logging, recipes; logging.getLogger('bitsandbytes.backends.cpu.ops').warning('Failed to load')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_constraints_satisfy_the_project() -> None:
     pinned = read_constraints()
     extras = PROJECT["optional-dependencies"].values()
