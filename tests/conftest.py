@@ -26,7 +26,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)  # these matrices are so small that a second thread only costs
 
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 RECIPE_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # for processes that run a recipe
 
 
@@ -171,7 +171,7 @@ def start_until_checkpoint(command: list[str], folder: Path, logs: Path, **envir
         )
     deadline = time.monotonic() + 120
     while not rundir.last_checkpoint(folder):
-        assert process.poll() is None, (logs / "err.txt").read_text()[-3000:]
+        assert process.poll() is None, (logs / "err.txt").read_text(encoding="utf-8")[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return process

@@ -116,7 +116,7 @@ def test_it_starts_as_a_module():
 
 def test_the_page_shows_what_the_command_prints(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    shown = SHOWN.findall((ROOT / "docs/memory.md").read_text())
+    shown = SHOWN.findall((ROOT / "docs/memory.md").read_text(encoding="utf-8"))
     assert shown
     for command, output in shown:
         assert main(shlex.split(command.replace("\\\n", " "))[1:]) == 0

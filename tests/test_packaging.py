@@ -51,7 +51,7 @@ def test_wheel_holds_the_library_and_nothing_else(tmp_path: Path) -> None:
 
 def test_version_is_said_once() -> None:
     assert PROJECT["version"] == fira_hf.__version__
-    assert f"## [{fira_hf.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"## [{fira_hf.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def test_import_is_quiet() -> None:

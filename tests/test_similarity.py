@@ -116,10 +116,10 @@ def test_the_reported_similarity_is_that_of_the_factors_seen(runs, tmp_path, cap
         assert found["runs"][kind]["provenance"]["versions"]["torch"] == torch.__version__
     for name in PICTURES:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-        assert f"]({name})" in (tmp_path / "similarity.md").read_text()
+        assert f"]({name})" in (tmp_path / "similarity.md").read_text(encoding="utf-8")
     cosine = f"{found['similarity']['matrix']['cosine']:.4f}"
     assert cosine in capsys.readouterr().out
-    assert f"| matrix | {cosine} |" in (tmp_path / "similarity.md").read_text()
+    assert f"| matrix | {cosine} |" in (tmp_path / "similarity.md").read_text(encoding="utf-8")
 
 
 def test_the_published_row_stands_beside_a_size_of_the_paper(runs, tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_the_published_row_stands_beside_a_size_of_the_paper(runs, tmp_path, mon
     parameters = json.loads((folders["fira"] / "result.json").read_text())["parameters"]
     monkeypatch.setitem(similarity.PUBLISHED, parameters, similarity.PUBLISHED[58_073_600])
     similarity.write(folders["fira"], folders["adamw"], tmp_path)
-    text = (tmp_path / "similarity.md").read_text()
+    text = (tmp_path / "similarity.md").read_text(encoding="utf-8")
     assert "| matrix, published for 60M | 0.9922 | 3e-04 | 0.9972 | 0.9662 | - | - | - |" in text
     assert "| column, published for 60M | 0.9273 | 3e-05 | 0.9372 | 0.7942 | - | - | - |" in text
 
