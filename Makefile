@@ -31,7 +31,7 @@ test: lint ## lint, types and all tests, in two processes
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-versions: $(STAMP) ## the library's tests on its oldest and newest versions, each installed once, 5 GB each
-	$(BIN)/nox
+	$(BIN)/nox $(NOX)
 
 # Runs of a small model are fastest in one thread each. What was interrupted is continued, and what is complete is kept.
 paper-small $(PARTS): export OMP_NUM_THREADS := 1
