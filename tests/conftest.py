@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,13 @@ torch.set_num_threads(1)  # these matrices are so small that a second thread onl
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 RECIPE_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # for processes that run a recipe
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No test may depend on what is in the user's caches, nor on whether there is a home that can be written."""
+    folder = tempfile.TemporaryDirectory(prefix="fira-hf-tests-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["HF_HOME"] = folder.name
 
 
 def build_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **config):
