@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import shutil
@@ -113,7 +114,7 @@ def test_the_reported_similarity_is_that_of_the_factors_seen(runs, tmp_path, cap
     for kind, method in (("low_rank", "fira"), ("full_rank", "adamw")):
         assert found["runs"][kind]["method"] == method
         assert found["runs"][kind]["provenance"]["seed"] == 42
-        assert found["runs"][kind]["provenance"]["versions"]["torch"] == torch.__version__
+        assert found["runs"][kind]["provenance"]["versions"]["torch"] == importlib.metadata.version("torch")
     for name in PICTURES:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert f"]({name})" in (tmp_path / "similarity.md").read_text(encoding="utf-8")
