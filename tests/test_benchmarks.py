@@ -1,5 +1,6 @@
 """The benchmark scripts at a tiny size: what they measure, what they write, what they refuse. No timing is judged."""
 
+import importlib.metadata
 import json
 import re
 import statistics
@@ -103,7 +104,7 @@ def test_step_times_methods_side_by_side(tmp_path, capsys):
     assert row["refresh"] == row["all"][3] and row["first"] == row["all"][0]
     assert row["ordinary"] == statistics.median(row["all"][i] for i in (1, 2, 4, 5))
     assert row["amortised"] == pytest.approx(row["ordinary"] + (row["refresh"] - row["ordinary"]) / 200)
-    assert written["provenance"]["versions"]["torch"] == torch.__version__
+    assert written["provenance"]["versions"]["torch"] == importlib.metadata.version("torch")
     assert "together" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         step.main(["--methods", "fra"])

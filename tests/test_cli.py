@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import build_llama
+from conftest import build_llama, run_quietly
 from fira_hf import FiraCallback
 from fira_hf.cli import main
 from fira_hf.memory import METHODS
@@ -109,15 +107,16 @@ def test_inspect_tells_what_is_projected_and_what_a_checkpoint_holds(folder, mak
 
 
 def test_it_starts_as_a_module():
-    command = [sys.executable, "-m", "fira_hf.cli", "memory", "--model", LLAMA_7B, "--method", "fira", "--rank", "16"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "27.30" in result.stdout
+    as_module = "import runpy; runpy.run_module('fira_hf.cli', run_name='__main__', alter_sys=True)"
+    words = ["memory", "--model", LLAMA_7B, "--method", "fira", "--rank", "16"]
+    code, out, err = run_quietly(as_module, *words)
+    assert (code, err) == (0, "")
+    assert "27.30" in out
 
 
 def test_the_page_shows_what_the_command_prints(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    shown = SHOWN.findall((ROOT / "docs/memory.md").read_text())
+    shown = SHOWN.findall((ROOT / "docs/memory.md").read_text(encoding="utf-8"))
     assert shown
     for command, output in shown:
         assert main(shlex.split(command.replace("\\\n", " "))[1:]) == 0

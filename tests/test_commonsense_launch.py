@@ -72,14 +72,14 @@ def killed(preset, tmp_path_factory) -> SimpleNamespace:
     checkpoint = checkpoints.newest(run_folder)[0]
     for name, damaged in (("optimizer.pt", "checkpoint-9998"), ("rng_state_1.pth", "checkpoint-9999")):
         (shutil.copytree(checkpoint, run_folder / damaged) / name).unlink()
-    out, err = ((folder / name).read_text() for name in ("out.txt", "err.txt"))
+    out, err = ((folder / name).read_text(encoding="utf-8") for name in ("out.txt", "err.txt"))
     return SimpleNamespace(folder=folder, run=run_folder, checkpoint=checkpoint, code=code, out=out, err=err)
 
 
 def test_a_comparison_outlives_a_process_of_one_of_its_runs(killed):
     assert killed.code == 1  # there was no other method that could succeed
     assert "Failed: fira-full-seed42. The same command tries them again." in killed.out
-    assert "**fira-full (seed 42) failed**: " in (killed.folder / "report.md").read_text()
+    assert "**fira-full (seed 42) failed**: " in (killed.folder / "report.md").read_text(encoding="utf-8")
     for said in ("1 of 1: fira-full-seed42", "Fira projects 10 matrices", "Report: "):
         assert killed.out.count(said) == 1  # one process speaks
     assert killed.err.count("tokenising: 100%") == 2  # training and validation examples
@@ -113,7 +113,7 @@ def load_tokenizer_slowly(name):
     return load_tokenizer(name)
 train.load_tokenizer = load_tokenizer_slowly
 status = train.main([experiment, *words, "--output_dir", resumed])
-assert status == 0, Path(resumed, "error.txt").read_text()
+assert status == 0, Path(resumed, "error.txt").read_text(encoding="utf-8")
 
 # Sharded weights: every forward pass needs both processes. Of five questions, two at once, the second process has none
 # of the last ones; and when it generates, it ends later than the first.
@@ -188,7 +188,7 @@ def test_a_run_killed_in_two_processes_ends_as_if_one_had_run_through(killed, fo
 
 def test_the_report_says_how_many_processes_there_were(killed, found, tmp_path):
     report.write_report(killed.folder)
-    assert "(2 processes of 1 CPU threads, " in (killed.folder / "report.md").read_text()
+    assert "(2 processes of 1 CPU threads, " in (killed.folder / "report.md").read_text(encoding="utf-8")
 
 
 def test_an_error_may_hold_brackets(monkeypatch, tmp_path, capfd):
@@ -217,7 +217,7 @@ def test_two_processes_share_the_questions_of_a_sharded_model(found, preset):
 def test_the_process_that_failed_first_says_why(found):
     result = files.read_json(found / "failing" / "result.json")
     assert (result["status"], result["error"]) == ("failed", "ValueError: only here")
-    assert 'raise ValueError("only here")' in (found / "failing" / "error.txt").read_text()
+    assert 'raise ValueError("only here")' in (found / "failing" / "error.txt").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

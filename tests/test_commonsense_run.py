@@ -167,7 +167,7 @@ def test_a_failure_is_recorded_with_its_error(preset, tmp_path, capsys):
     assert result["status"] == "failed"
     assert "rank=0" in result["error"]
     assert result["settings"]["optim_args"] == "rank=0"
-    assert "Traceback" in (tmp_path / "error.txt").read_text()
+    assert "Traceback" in (tmp_path / "error.txt").read_text(encoding="utf-8")
     assert "Traceback" not in capsys.readouterr().err
     assert run(preset, "fira-full", tmp_path)["status"] == "ok"  # mended: nothing stands in the way
 
@@ -181,7 +181,7 @@ def test_compare_survives_a_failure_reports_and_repeats_only_what_failed(preset,
     printed = capfd.readouterr().out
     assert "fira-full-seed42 failed" in printed
     assert "Failed: fira-full-seed42" in printed
-    text = (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "**fira-full (seed 42) failed**: ended with exit status 1" in text
     assert "| lora | 6,144 |" in text
 
@@ -193,7 +193,7 @@ def test_compare_survives_a_failure_reports_and_repeats_only_what_failed(preset,
     assert [(r["method"], r["status"]) for r in merged] == [(m, "ok") for m in ("lora", "fira-full", "adamw-full")]
     for name in ("loss.png", "accuracy.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    text = (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "failed" not in text
     assert "## What Fira did" in text
     majority = "| most frequent answer | 50.0 | 50.0 | 50.0 | 25.0 | 50.0 | 25.0 | 25.0 | 25.0 | 37.5 |"
@@ -207,7 +207,7 @@ def test_compare_survives_a_failure_reports_and_repeats_only_what_failed(preset,
 def test_compare_fails_when_every_method_does(preset, tmp_path, capfd):
     words = [str(preset), "--output_dir", str(tmp_path), "--methods", "lora", "--data_dir", str(tmp_path / "none")]
     assert compare.main(words) == 1
-    assert "There is no data file" in (tmp_path / "report.md").read_text()
+    assert "There is no data file" in (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "There is no data file" in capfd.readouterr().out
 
 
@@ -230,7 +230,7 @@ def test_a_run_killed_by_the_system_is_recorded(preset, tmp_path, monkeypatch, c
     killed = subprocess.CompletedProcess([], -signal.SIGKILL)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
     assert compare.main([str(preset), "--output_dir", str(tmp_path), "--methods", "lora"]) == 1
-    assert "most likely for want of memory" in (tmp_path / "report.md").read_text()
+    assert "most likely for want of memory" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_search_takes_the_lowest_validation_loss(preset, tmp_path, capfd):
@@ -262,7 +262,7 @@ def test_report_averages_seeds_and_comes_from_a_merged_file_too(preset, tmp_path
     for seed in ("0", "1"):
         run(preset, "lora", tmp_path / f"lora-seed{seed}", "--seed", seed, "--max_steps", "4")
     assert report.main([str(tmp_path)]) == 0
-    first = (tmp_path / "report.md").read_text()
+    first = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "seeds 0, 1" in first
     row = next(line for line in first.splitlines() if line.startswith("| lora |"))
     merged = json.loads((tmp_path / "results.json").read_text())["runs"]
@@ -272,7 +272,7 @@ def test_report_averages_seeds_and_comes_from_a_merged_file_too(preset, tmp_path
     copy = tmp_path / "copy" / "results.json"
     files.write_json(copy, json.loads((tmp_path / "results.json").read_text()))
     assert report.main([str(copy)]) == 0
-    assert (copy.parent / "report.md").read_text() == first
+    assert (copy.parent / "report.md").read_text(encoding="utf-8") == first
     assert report.main([str(tmp_path / "nothing")]) == 2
     assert "holds no results" in capsys.readouterr().err
 
@@ -284,4 +284,4 @@ def test_unanswered_questions_are_reported_for_generation(preset, tmp_path, monk
     assert result["accuracy"]["boolq"]["unanswered"] == 1
     assert result["eval_loss"] is None
     assert report.main([str(tmp_path)]) == 0
-    assert "| lora: no answer | 100.0 | 100.0 |" in (tmp_path / "report.md").read_text()
+    assert "| lora: no answer | 100.0 | 100.0 |" in (tmp_path / "report.md").read_text(encoding="utf-8")

@@ -208,7 +208,7 @@ def test_compare_writes_one_report_over_methods_and_seeds(preset, tmp_path, in_t
     assert compare.main([str(preset), "--output_dir", str(tmp_path), *words]) == 0
     runs = json.loads((tmp_path / "results.json").read_text())["runs"]
     assert [(r["method"], r["seed"]) for r in runs] == [("adamw", 0), ("adamw", 1), ("relora", 0), ("relora", 1)]
-    text = (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
     first = [r["perplexity"] for r in runs if r["method"] == "adamw"]
     assert f"| adamw | {sum(first) / 2:,.2f} ± " in text
     assert f"with {DENSE + MATRICES:,} parameters" in text
@@ -216,7 +216,7 @@ def test_compare_writes_one_report_over_methods_and_seeds(preset, tmp_path, in_t
     assert "- relora: learning_rate" not in text  # shared settings stand once
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert report.main([str(tmp_path / "results.json")]) == 0
-    assert (tmp_path / "report.md").read_text() == text
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == text
 
 
 def test_search_takes_the_lowest_validation_loss(preset, tmp_path, in_this_process, capsys):

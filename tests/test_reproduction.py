@@ -75,9 +75,9 @@ def test_the_page_is_what_its_json_says(tmp_path):
     shutil.copytree(RESULTS, folder)
     shutil.copy(ROOT / "docs/reproduction.md", page)
     assert reproduction.main([str(folder), "--page", str(page)]) == 0
-    assert page.read_text() == (ROOT / "docs/reproduction.md").read_text()
-    assert (folder / "report.md").read_text() == (RESULTS / "report.md").read_text()
-    marked = {match[2] for match in report.marks("paper").finditer(page.read_text())}
+    assert page.read_text(encoding="utf-8") == (ROOT / "docs/reproduction.md").read_text(encoding="utf-8")
+    assert (folder / "report.md").read_text(encoding="utf-8") == (RESULTS / "report.md").read_text(encoding="utf-8")
+    marked = {match[2] for match in report.marks("paper").finditer(page.read_text(encoding="utf-8"))}
     assert marked == set(reproduction.TITLES)
 
 

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
@@ -414,7 +415,9 @@ def test_interleaved_parts_are_refused():
     )
     with torch.device("meta"):
         model = GptOssForCausalLM(config)
-    assert {t.transposed for t in find_targets(model, FiraConfig()).projected if ".experts." in t.name} == {True}
+    experts = [t for t in find_targets(model, FiraConfig()).projected if ".experts." in t.name]
+    says_how_it_stores = not transformers.__version__.startswith("4.")
+    assert {t.transposed for t in experts} == {says_how_it_stores}
     with pytest.raises(ValueError, match=r"split_pattern: .*gate_up_proj.*one after another"):
         find_targets(model, FiraConfig(split_pattern={"gate_up_proj": 2}))
 
