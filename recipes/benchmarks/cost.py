@@ -202,7 +202,7 @@ def _unit(tensor: Tensor) -> str:
 
 
 def _shapes_only(function: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
-    """What an operation returns, as memory that is not written to, and whether that is new, not one of its operands."""
+    """What an operation returns, as memory that nothing is written to, and whether that is new, not an operand."""
     metas: dict[int, Tensor] = {}
     operands: dict[int, Tensor] = {}
 
