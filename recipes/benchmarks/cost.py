@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from fira_hf import FiraConfig, functional
@@ -93,6 +93,11 @@ class Cost:
     tf32: float = 0
     bf16: float = 0
 
+    def __iadd__(self, other: Cost) -> Cost:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+        return self
+
     def seconds(self, device: Device) -> dict[str, float]:
         """What the host needs to start the work, what the device needs to do it, and the larger of the two: the host
         runs ahead, so that one hides behind the other."""
@@ -107,7 +112,7 @@ class Cost:
 
 def size_of(tensors: Any) -> int:
     """Bytes of the tensors among some arguments, each once; of one that is expanded, those that are there."""
-    found = {id(x): x for x in tree_flatten(tensors)[0] if isinstance(x, Tensor)}
+    found = {id(x): x for x in tree_leaves(tensors) if isinstance(x, Tensor)}
     return sum(x.element_size() * _distinct(x) for x in found.values())
 
 
@@ -139,6 +144,8 @@ class Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.cost, self.steps = Cost(), 0
+        # What was asked before -> what comes out, and the cost. Layers are alike, so that most is asked many times.
+        self.known: dict[Any, tuple[Any, Cost]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -148,87 +155,97 @@ class Counter(TorchDispatchMode):
         if name in READS:
             self.cost.reads += 1
             return self.answer(args[0].dtype if name == "_local_scalar_dense" else torch.bool)
-        out, is_new = _shapes_only(function, args, kwargs)
-        self._count(name, function._schema, args, kwargs, out if is_new else None)
-        return out
+        operands: dict[int, Tensor] = {}
+        key = (function, _described([args, *sorted(kwargs.items())], operands))
+        if key not in self.known:
+            self.known[key] = _outputs_and_cost(name, function, args, kwargs, list(operands))
+        outputs, cost = self.known[key]
+        self.cost += cost
+        return _made(outputs, list(operands.values()))
 
     def answer(self, dtype: torch.dtype) -> Any:
-        return True if dtype == torch.bool else self.steps if not dtype.is_floating_point else float(self.steps)
+        return True if dtype == torch.bool else float(self.steps) if dtype.is_floating_point else self.steps
 
     def tolist(self, tensor: Tensor) -> Any:
         """In place of `Tensor.tolist`, which reads memory without an operation."""
         self.cost.reads += 1
         return np.full(tuple(tensor.shape), self.answer(tensor.dtype)).tolist()
 
-    def add(self, bytes: float, launches: float = 1, **flops: float) -> None:
-        self.cost.launches += launches
-        self.cost.bytes += bytes
-        for unit, count in flops.items():
-            setattr(self.cost, unit, getattr(self.cost, unit) + count)
 
-    def _count(self, name: str, schema: Any, args: Any, kwargs: Any, out: Any) -> None:
-        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
-        changed = [
-            given[a.name] for a in schema.arguments if a.alias_info and a.alias_info.is_write and a.name in given
-        ]
-        is_read = not (name in WRITE_ONLY or any(a.is_out for a in schema.arguments if a.name in given))
-        moved = size_of([args, kwargs]) + size_of(out) + (size_of(changed) if is_read else 0)
-        lists = [value for key, value in given.items() if _is_list(value) and key != "state_steps"]
-        launches = 1
-        if lists and name.startswith(("_foreach", "_fused")):
-            is_list = isinstance(out, (list, tuple))
-            launches = multi_tensor_launches([x.numel() for x in lists[0]], len(lists) + is_list)
-            # Sums over parts of a tensor, and then the sum of those.
-            launches += launches if name == "_foreach_norm" else 0
-        flops = {}
-        if places := FACTORS.get(name.removesuffix("_")):
-            left, right = (args[place] for place in places)
-            flops[_unit(left)] = 2 * left.numel() * right.shape[-1]
-        elif formula := FACTORISATIONS.get(name):
-            (*batch, m, n) = args[0].shape
-            flops["fp32"] = float(np.prod(batch)) * formula(max(m, n), min(m, n))
-        elif name == "linalg_solve_triangular":
-            flops["fp32"] = args[1].numel() * args[0].shape[-1]
-        self.add(moved, launches, **flops)
+def _described(x: Any, operands: dict[int, Tensor]) -> Any:
+    """What the shapes of an operation's outputs and its cost depend on; collects the tensors by their ids."""
+    if isinstance(x, Tensor):
+        operands.setdefault(id(x), x)
+        return list(operands).index(id(x)), x.shape, x.stride(), x.dtype
+    if isinstance(x, (list, tuple)):
+        return tuple(_described(one, operands) for one in x)
+    return type(x) if isinstance(x, (float, torch.Generator)) else x
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Tensor)
+def _made(output: Any, operands: list[Tensor]) -> Any:
+    """An output as `_outputs_and_cost` describes it: an operand by its place, or memory that nothing is written to."""
+    if isinstance(output, list):
+        return [_made(one, operands) for one in output]
+    if isinstance(output, dict):
+        return torch.empty_strided(**output)
+    if isinstance(output, int):
+        return operands[output]
+    return output
 
 
-def _unit(tensor: Tensor) -> str:
-    """What multiplies on a GPU at torch's settings, where TF32 is off."""
-    return "fp32" if tensor.dtype in (torch.float32, torch.float64) else "bf16"
-
-
-def _shapes_only(function: Any, args: Any, kwargs: Any) -> tuple[Any, bool]:
-    """What an operation returns, as memory that nothing is written to, and whether that is new, not an operand."""
+def _outputs_and_cost(name: str, function: Any, args: Any, kwargs: Any, places: list[int]) -> tuple[Any, Cost]:
     metas: dict[int, Tensor] = {}
-    operands: dict[int, Tensor] = {}
 
     def enter(x: Any) -> Any:
-        if isinstance(x, torch.Generator):
-            return None
-        if isinstance(x, torch.device):
-            return torch.device("meta")
-        if not isinstance(x, Tensor):
-            return x
-        if id(x) not in metas:
-            metas[id(x)] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-            operands[id(metas[id(x)])] = x
-        return metas[id(x)]
-
-    def leave(x: Any) -> Any:
-        if not isinstance(x, Tensor):
-            return x
-        return operands[id(x)] if id(x) in operands else torch.empty_strided(x.shape, x.stride(), dtype=x.dtype)
+        if isinstance(x, Tensor):
+            like = {"dtype": x.dtype, "device": "meta"}
+            return metas.setdefault(id(x), torch.empty_strided(x.shape, x.stride(), **like))
+        return None if isinstance(x, torch.Generator) else torch.device("meta") if isinstance(x, torch.device) else x
 
     args, kwargs = tree_map(enter, args), tree_map(enter, kwargs)
     if not metas:  # a factory
         kwargs |= {"device": torch.device("meta"), "pin_memory": False}
     found = function(*args, **kwargs)
-    new = [x for x in tree_flatten(found)[0] if isinstance(x, Tensor) and id(x) not in operands]
-    return tree_map(leave, found), bool(new)
+    place = {id(meta): places.index(key) for key, meta in metas.items()}
+
+    def leave(x: Any) -> Any:
+        if isinstance(x, (list, tuple)):
+            return [leave(one) for one in x]
+        if isinstance(x, Tensor):
+            return place.get(id(x), {"size": tuple(x.shape), "stride": x.stride(), "dtype": x.dtype})
+        return x
+
+    new = [x for x in tree_leaves(found) if isinstance(x, Tensor) and id(x) not in place]
+    return leave(found), _cost(name, function._schema, args, kwargs, found if new else None)
+
+
+def _cost(name: str, schema: Any, args: Any, kwargs: Any, new: Any) -> Cost:
+    """Of one operation of torch, which makes `new`."""
+    given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+    passed = [argument for argument in schema.arguments if argument.name in given]
+    changed = [given[a.name] for a in passed if a.alias_info and a.alias_info.is_write]
+    is_read = name not in WRITE_ONLY and not any(a.is_out for a in passed)
+    cost = Cost(1, size_of([args, kwargs]) + size_of(new) + (size_of(changed) if is_read else 0))
+    lists = [value for key, value in given.items() if _is_list(value) and key != "state_steps"]
+    if lists and name.startswith(("_foreach", "_fused")):
+        cost.launches = multi_tensor_launches([x.numel() for x in lists[0]], len(lists) + _is_list(new))
+        if name == "_foreach_norm":  # norms of parts of the tensors, and then of those
+            cost.launches *= 2
+    if sides := FACTORS.get(name.removesuffix("_")):
+        left, right = (args[side] for side in sides)
+        # At torch's settings, products in fp32 do not use TF32.
+        unit = "fp32" if left.dtype in (torch.float32, torch.float64) else "bf16"
+        setattr(cost, unit, 2 * left.numel() * right.shape[-1])
+    elif formula := FACTORISATIONS.get(name):
+        *batch, m, n = args[0].shape
+        cost.fp32 = float(np.prod(batch)) * formula(max(m, n), min(m, n))
+    elif name == "linalg_solve_triangular":
+        cost.fp32 = args[1].numel() * args[0].shape[-1]
+    return cost
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Tensor)
 
 
 class Kernels:
@@ -248,7 +265,8 @@ class Kernels:
 
     def _launch(self, given: Any, changed: Any, made: Any, products: float = 0, half: int = 0) -> None:
         unit, terms = ("bf16", half) if half else ("tf32", 3)
-        self.counter.add(size_of(given) + size_of(changed) + size_of(made), launches=2, **{unit: terms * products})
+        moved = size_of(given) + size_of(changed) + size_of(made)
+        self.counter.cost += Cost(2, moved, **{unit: terms * products})
 
     def project(self, grads: Sequence[Tensor], bases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         (long, short), rank = grads[0].shape, bases[0].shape[1]
@@ -355,7 +373,8 @@ def on_paper(numels: Sequence[int], bytes_an_element: int, launches: int, **flop
 
 
 def adamw(size: Size, rank: int, dtype: torch.dtype, moments: torch.dtype) -> dict[str, Any]:
-    """Fused AdamW: the gradient is read, the weight and two moments are read and written."""
+    """Fused AdamW: the gradient is read, the weight and two moments are read and written. Moments in the dtype of the
+    weights are what torch's own has."""
     numels = _numels(size)
     element = 3 * dtype.itemsize + 4 * moments.itemsize
     return on_paper(numels, element, multi_tensor_launches(numels, 4))
@@ -377,7 +396,7 @@ def _numels(size: Size) -> list[int]:
 METHODS: dict[str, Callable[[Size, int, torch.dtype], dict[str, Any]]] = {
     "floor": floor,
     "AdamW, fp32 moments": lambda *of: adamw(*of, torch.float32),
-    "AdamW, bf16 moments": lambda *of: adamw(*of, torch.bfloat16),
+    "AdamW, moments as weights": lambda size, rank, dtype: adamw(size, rank, dtype, dtype),
     "fira_hf": lambda *of: ours(*of, with_kernels=True),
     "fira_hf, without Triton": lambda *of: ours(*of, with_kernels=False),
     "fira": lambda *of: peer("fira", *of),
