@@ -222,7 +222,9 @@ def _cost(name: str, schema: Any, args: Any, kwargs: Any, new: Any) -> Cost:
     """Of one operation of torch, which makes `new`."""
     given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
     passed = [argument for argument in schema.arguments if argument.name in given]
-    changed = [given[a.name] for a in passed if a.alias_info and a.alias_info.is_write]
+    # A fused optimizer changes gradients only where it unscales them.
+    written = [a.name for a in passed if a.alias_info and a.alias_info.is_write]
+    changed = [given[key] for key in written if key != "grads" or given.get("grad_scale") is not None]
     is_read = name not in WRITE_ONLY and not any(a.is_out for a in passed)
     cost = Cost(1, size_of([args, kwargs]) + size_of(new) + (size_of(changed) if is_read else 0))
     lists = [value for key, value in given.items() if _is_list(value) and key != "state_steps"]
@@ -328,10 +330,12 @@ def count_steps(
     gap = settings.pop("gap", GAP)
     found = []
     with counting(with_kernels) as counter:
-        weights = []
-        for p in matrices(size, None, dtype, "cpu"):
-            weights.append(Elsewhere(p.detach()))
-            weights[-1].grad = p.grad
+        weights = matrices(size, None, dtype, "cpu")
+        if name == "fira_hf":  # the others take one path everywhere
+            grads = [p.grad for p in weights]
+            weights = [Elsewhere(p.detach()) for p in weights]
+            for p, grad in zip(weights, grads, strict=True):
+                p.grad = grad
         optimizer = build(name, weights, 1e-3, rank, gap, **settings)
         for counter.steps in range(steps):
             counter.cost = Cost()

@@ -216,7 +216,13 @@ def cost_table(content: dict[str, Any]) -> str:
                 cells.append(f"{took / base['ordinary']['seconds'][device]['step']:.2f}" if base else "")
         times.append([*name, *cells])
     header = ["matrices of LLaMA", "", "launches, ordinary step", "refresh step", "average"]
-    header += ["bytes an element, ordinary step", "refresh step", "average", "reads by the host, ordinary step", "average"]
+    header += [
+        "bytes an element, ordinary step",
+        "refresh step",
+        "average",
+        "reads by the host, ordinary step",
+        "average",
+    ]
     others = ["estimate", "", "ordinary step: launches, ms"]
     for device in content["devices"]:
         others += [f"{device}: work, ms", "ordinary step, of AdamW", "average, of AdamW"]
