@@ -194,6 +194,41 @@ def llama7b_table(content: dict[str, Any]) -> str:
     return markdown([*header, "peak, 1 x 256", "peak, 4 x 256"], rows)
 
 
+def cost_table(content: dict[str, Any]) -> str:
+    reference = {row["size"]: row for row in content["rows"] if row["method"] == "AdamW, fp32 moments"}
+    counts, times = [], []
+    for row in content["rows"]:
+        name = [f"{row['size'].upper()}, rank {row['rank']}", row["method"]]
+        if "error" in row:
+            counts.append([*name, row["error"], *[""] * 7])
+            continue
+        kinds = [row.get(kind) for kind in ("ordinary", "refresh", "average")]
+        cells = [f"{kind['launches']:,.0f}" if kind else "" for kind in kinds]
+        cells += [f"{kind['bytes'] / row['elements']:.1f}" if kind else "" for kind in kinds]
+        counts.append([*name, *cells, *(f"{row[kind]['reads']:,.1f}" for kind in ("ordinary", "average"))])
+        ordinary, average = row["ordinary"], row["average"]
+        cells = [f"{1000 * next(iter(ordinary['seconds'].values()))['host']:,.1f}"]
+        for device, seconds in ordinary["seconds"].items():
+            cells.append(f"{1000 * seconds['device']:,.1f}")
+            for step in (ordinary, average):
+                base = reference.get(row["size"])
+                took = step["seconds"][device]["step"]
+                cells.append(f"{took / base['ordinary']['seconds'][device]['step']:.2f}" if base else "")
+        times.append([*name, *cells])
+    header = ["matrices of LLaMA", "", "launches, ordinary step", "refresh step", "average"]
+    header += [
+        "bytes an element, ordinary step",
+        "refresh step",
+        "average",
+        "reads by the host, ordinary step",
+        "average",
+    ]
+    others = ["estimate", "", "ordinary step: launches, ms"]
+    for device in content["devices"]:
+        others += [f"{device}: work, ms", "ordinary step, of AdamW", "average, of AdamW"]
+    return f"{markdown(header, counts)}\n\n{markdown(others, times)}"
+
+
 def best_runs(content: dict[str, Any]) -> dict[str, dict[float, list[dict[str, Any]]]]:
     """variant -> learning rate -> runs, in the order of the mean perplexity of the best learning rate."""
     variants: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
@@ -251,6 +286,7 @@ TABLES = {
     "layerwise": layerwise_table,
     "cells": cells_table,
     "llama7b": llama7b_table,
+    "cost": cost_table,
 }
 
 
