@@ -30,7 +30,7 @@ PEERS = ("fira", "galore-torch", "apollo-torch", "pytorch_optimizer")
 def provenance(seed: int, command: list[str]) -> dict[str, Any]:
     """Enough to run it again and to compare timings fairly. Holds no absolute path."""
     return {
-        "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, *filter(_is_installed, PEERS))}
+        "versions": {name: importlib.metadata.version(name) for name in filter(_is_installed, PACKAGES + PEERS)}
         | {"fira_hf": fira_hf.__version__, "python": platform.python_version()},
         "commit": _commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),

@@ -14,8 +14,6 @@ import sys
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from fira_hf import FiraConfig, get_fira_optimizer
 from fira_hf.layerwise import step_in_backward
@@ -61,6 +59,9 @@ def run_once(method: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(words: list[str] | None = None) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
     parser = command_line(__doc__)
     parser.add_argument("--vocab_size", type=int, default=32000)
     parser.add_argument("--batch_size", type=int, default=1)
