@@ -265,10 +265,10 @@ CHECKS: dict[str, tuple[str, Callable[[Any, Case, str], Errors]]] = {  # check -
     "project": ("project", check_project),
     "direction, adamw": ("direction", functools.partial(check_direction, "adamw")),
     "direction, lion": ("direction", functools.partial(check_direction, "lion")),
+    "rounding at random": ("apply_updates", check_rounding),
+    "transposed_product": ("transposed_product", check_transposed_product),
     "apply_updates": ("apply_updates", functools.partial(check_apply_updates, True)),
     "apply_updates, without R": ("apply_updates", functools.partial(check_apply_updates, False)),
-    "transposed_product": ("transposed_product", check_transposed_product),
-    "rounding at random": ("apply_updates", check_rounding),
 }
 
 
