@@ -382,7 +382,7 @@ def main(words: list[str] | None = None) -> int:
         part: (files.read_json(options.output_dir / f"{part}.json") or {"cells": {}})["cells"]
         for part in options.parts
     }
-    if not options.in_process or options.device == "cpu":
+    if not options.in_process:
         print("\n".join(line for part, cells in found.items() for line in summary(part, cells)))
     is_bad = any(row["status"] in ("wrong", "failed") for cells in found.values() for row in cells.values())
     return 1 if is_bad else 0

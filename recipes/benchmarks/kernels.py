@@ -159,10 +159,10 @@ def check_project(ops: Any, case: Case, device: str) -> Errors:
     return found
 
 
-def check_transposed_product(ops: Any, case: Case, device: str) -> Errors:
+def check_transposed_products(ops: Any, case: Case, device: str) -> Errors:
     inputs, found = Inputs(case, device), Errors()
     grads, P = inputs.gradients(), inputs.low_rank(case.shape[0])
-    products = ops.transposed_product(grads, P)
+    products = ops.transposed_products(grads, P)
     for i in on():
         G = grads[i].double()
         found.add("G^T P", products[i], G.T @ P[i].double(), PRODUCT[case.dtype] * (G.abs().T @ P[i].double().abs()))
@@ -228,6 +228,37 @@ def check_apply_updates(has_R: bool, ops: Any, case: Case, device: str) -> Error
     return found
 
 
+def check_dense_adamw(ops: Any, case: Case, device: str) -> Errors:
+    inputs, found = Inputs(case, device), Errors()
+    weights, grads = inputs.matrices(0.02), inputs.matrices(0.02)
+    M = [torch.empty_like(W, dtype=case.state).copy_(0.02 * inputs.random(*W.shape)) for W in weights]
+    V = [torch.empty_like(W, dtype=case.state).copy_(0.02 * inputs.random(*W.shape).square()) for W in weights]
+    before = [[x.clone() for x in of] for of in (weights, M, V)]
+    made = (0.0, 7.0, 1000.0)  # updates before this one
+    (b1, b2), lr, decay = BETAS, 0.01, 0.1
+    settings = {"lr": lr, "betas": BETAS, "eps": EPS, "weight_decay": decay}
+    of_weights = [1, 2, 3] if case.dtype == torch.bfloat16 else [None] * COUNT
+    of_state = [4, 5, 6] if case.state != torch.float32 else [None] * COUNT
+    for finite in (False, True):
+        now, counts = torch.tensor(finite, device=device), [torch.tensor(t, device=device) for t in made]
+        ops.dense_adamw(weights, grads, M, V, counts, now, of_weights, of_state, settings)
+        for old, new in zip(before, (weights, M, V), strict=True):
+            for i in range(0 if finite else COUNT):
+                found.same("not finite", new[i], old[i])
+    u, of_moments = roundoff(case.dtype, of_weights[0] is not None), roundoff(case.state, of_state[0] is not None)
+    for i in range(COUNT):
+        W, m, v = (of[i].double() for of in before)
+        g, t = grads[i].double(), made[i] + 1
+        parts = b1 * m.abs() + (1 - b1) * g.abs()
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g.square()
+        found.add("M", M[i], m, of_moments * m.abs() + FP32 * parts)
+        found.add("V", V[i], v, (of_moments + FP32) * v)
+        over = lr / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + EPS)
+        exact = (1 - lr * decay) * W - over * m
+        found.add("W", weights[i], exact, u * exact.abs() + 8 * FP32 * (W.abs() + over * parts))
+    return found
+
+
 def check_rounding(ops: Any, case: Case, device: str) -> Errors:
     """At random between two neighbours: the mean is the value, the draws differ by seed, and only by it."""
     found, (long, short), rank = Errors(), case.shape, case.rank
@@ -266,7 +297,8 @@ CHECKS: dict[str, tuple[str, Callable[[Any, Case, str], Errors]]] = {  # check -
     "direction, adamw": ("direction", functools.partial(check_direction, "adamw")),
     "direction, lion": ("direction", functools.partial(check_direction, "lion")),
     "rounding at random": ("apply_updates", check_rounding),
-    "transposed_product": ("transposed_product", check_transposed_product),
+    "transposed_products": ("transposed_products", check_transposed_products),
+    "dense_adamw": ("dense_adamw", check_dense_adamw),
     "apply_updates": ("apply_updates", functools.partial(check_apply_updates, True)),
     "apply_updates, without R": ("apply_updates", functools.partial(check_apply_updates, False)),
 }
