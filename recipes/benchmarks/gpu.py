@@ -29,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -188,20 +188,25 @@ def _launches(options: argparse.Namespace, name: str, **one: str) -> dict[str, A
         return {**found, "launches": None, "reason": "launches are counted on a GPU"}
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step.timed(optimizer.step)
-    on_device, on_host, copies, starts = 0, 0, 0, 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.is_user_annotation():
+    found |= count(profiler.profiler.kineto_results.events())
+    # The profiler slows the host down, not the device: what the device waits for is of steps that were not watched.
+    return {**found, "waits": max(0.0, 1 - found["device_milliseconds"] / found["milliseconds"])}
+
+
+def count(events: Iterable[Any]) -> dict[str, Any]:
+    """Kernels and copies of a profile, milliseconds that they take, and that the host takes to start them."""
+    launches, copies, on_device, on_host = 0, 0, 0, 0
+    for event in events:
+        if event.is_user_annotation():  # torch's own, around the step: on the device, too
             continue
         if event.device_type() == torch.autograd.DeviceType.CUDA:
             is_copy = event.name().startswith(("Memcpy", "Memset"))
-            copies, starts, on_device = copies + is_copy, starts + (not is_copy), on_device + event.duration_ns()
+            launches, copies = launches + (not is_copy), copies + is_copy
+            on_device += event.duration_ns()
         elif event.name().startswith(("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset")):
             on_host += event.duration_ns()
-    found |= {"launches": starts, "copies": copies, "device_milliseconds": on_device / 1e6}
-    # The profiler slows the host down: its share is of the step that was watched, the device's of one that was not.
-    found["launch_call_milliseconds"] = on_host / 1e6
-    found["launch_share"] = max(0.0, 1 - on_device / 1e6 / found["milliseconds"])
-    return found
+    milliseconds = {"device_milliseconds": on_device / 1e6, "starting_milliseconds": on_host / 1e6}
+    return {"launches": launches, "copies": copies, **milliseconds}
 
 
 def trainer_part(options: argparse.Namespace) -> dict[str, Cell]:
@@ -336,8 +341,11 @@ def summary(part: str, cells: dict[str, dict[str, Any]]) -> list[str]:
             sizes = (row["measured_bytes"] / GIB, row["predicted_bytes"] / GIB)
             lines.append(f"{title}: {sizes[0]:.4g} GiB at the peak, {sizes[1]:.4g} predicted")
         elif "launches" in row:
-            started = f"{row['launches']} launches and {row['copies']} copies"
-            told = row.get("reason") or f"{started}, the device waits for {row['launch_share']:.0%} of it"
+            told = row.get("reason")
+            if told is None:
+                told = (
+                    f"{row['launches']} launches and {row['copies']} copies, the device waits {row['waits']:.0%} of it"
+                )
             lines.append(f"{title}: {row['milliseconds']:.2f} ms, {told}")
         else:
             lines += [f"{title}, {row['layers']} layers, ms", *_step_lines(row["milliseconds"])]
@@ -374,8 +382,8 @@ def main(words: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("There is no CUDA device: run this on a machine with a GPU, or try it out by --size tiny --device cpu.")
         return 2
-    if options.device == "cpu":
-        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+    if options.device == "cpu" and "triton" not in sys.modules:  # which reads this when it is imported
+        os.environ["TRITON_INTERPRET"] = "1"
     for part in options.parts:
         (run_part if options.in_process else run_in_process)(part, options, words)
     found = {
