@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import importlib
+import importlib.util
 import os
 import statistics
 import subprocess
@@ -70,7 +70,7 @@ def kernels_part(options: argparse.Namespace) -> dict[str, Cell]:
     end = time.perf_counter() + 0.8 * LIMITS["kernels"]
 
     def check(name: str) -> dict[str, Any]:
-        kernels = _kernels()
+        kernels = _kernels(options.device)
         function = checks.CHECKS[name][0]
         if not hasattr(kernels, function):
             raise Skipped(f"fira_hf.kernels has no {function}")
@@ -83,11 +83,18 @@ def kernels_part(options: argparse.Namespace) -> dict[str, Cell]:
     return {name: functools.partial(check, name) for name in names}
 
 
-def _kernels() -> Any:
-    try:
-        return importlib.import_module("fira_hf.kernels")
-    except ImportError as error:
-        raise Skipped(f"fira_hf.kernels cannot be imported: {errors.text(error)}") from None
+def _kernels(device: str) -> Any:
+    """The module of the kernels, if it is what makes the steps of a weight on the device."""
+    if not importlib.util.find_spec("triton"):
+        raise Skipped("Triton is not installed")
+    from fira_hf import functional
+    from fira_hf.state import operations
+
+    one = torch.ones(1, device=device)
+    found = operations(Pretended(one) if device == "cpu" else one)
+    if found is functional:
+        raise Skipped("fira_hf does not use its kernels here: they need compute capability 8.0, or the interpreter")
+    return found
 
 
 def step_part(options: argparse.Namespace) -> dict[str, Cell]:
@@ -304,7 +311,9 @@ def is_kept(row: dict[str, Any] | None, provenance: dict[str, Any], options: arg
 
 def run_in_process(part: str, options: argparse.Namespace, words: list[str]) -> None:
     """The part in a process of its own, ended when its time has passed; how it died is a row, too."""
-    environment = {"CUDA_VISIBLE_DEVICES": "0", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+    # One device: with several the Trainer splits its batches.
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": device, "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "recipes.benchmarks.gpu", *words, "--parts", part, "--in_process"]
     try:
         code = subprocess.run(command, env=environment, timeout=LIMITS[part], check=False).returncode
@@ -382,8 +391,8 @@ def main(words: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("There is no CUDA device: run this on a machine with a GPU, or try it out by --size tiny --device cpu.")
         return 2
-    if options.device == "cpu" and "triton" not in sys.modules:  # which reads this when it is imported
-        os.environ["TRITON_INTERPRET"] = "1"
+    if options.device == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
     for part in options.parts:
         (run_part if options.in_process else run_in_process)(part, options, words)
     found = {
