@@ -196,6 +196,8 @@ def _launches(options: argparse.Namespace, name: str, **one: str) -> dict[str, A
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step.timed(optimizer.step)
     found |= count(profiler.profiler.kineto_results.events())
+    if not found["launches"]:
+        return {**found, "launches": None, "reason": "the profiler sees nothing of this device"}
     # The profiler slows the host down, not the device: what the device waits for is of steps that were not watched.
     return {**found, "waits": max(0.0, 1 - found["device_milliseconds"] / found["milliseconds"])}
 
