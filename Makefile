@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 REPORT := runs/smoke
+GPU_RUN := runs/gpu
 DATA ?= embedded
 PAPER ?= runs/paper-small
 
@@ -13,14 +14,14 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 PARTS := paper-search paper-methods paper-ablation paper-ranks paper-similarity
-.PHONY: help demo test test-versions lint format clean paper-small $(PARTS)
+.PHONY: help demo test test-versions gpu lint format clean paper-small $(PARTS)
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # These read nothing from the network.
-demo test test-versions paper-small $(PARTS): export HF_HUB_OFFLINE := 1
-demo test test-versions paper-small $(PARTS): export HF_DATASETS_OFFLINE := 1
+demo test test-versions gpu paper-small $(PARTS): export HF_HUB_OFFLINE := 1
+demo test test-versions gpu paper-small $(PARTS): export HF_DATASETS_OFFLINE := 1
 
 demo: $(STAMP) ## compare Fira with LoRA on a small pretrained LLaMA (about ten minutes on two cores)
 	$(BIN)/python -m recipes.commonsense.compare smoke --output_dir $(REPORT)
@@ -32,6 +33,10 @@ test: lint ## lint, types and all tests, in two processes
 
 test-versions: $(STAMP) ## the library's tests on its oldest and newest versions, each installed once, 5 GB each
 	$(BIN)/nox $(NOX)
+
+# Where python has torch with CUDA already: python -m recipes.benchmarks.gpu --output_dir runs/gpu
+gpu: $(STAMP) ## kernels, steps, training and memory on a CUDA device, into GPU_RUN=runs/gpu (some twenty minutes at most)
+	$(BIN)/python -m recipes.benchmarks.gpu --output_dir $(GPU_RUN)
 
 # Runs of a small model are fastest in one thread each. What was interrupted is continued, and what is complete is kept.
 paper-small $(PARTS): export OMP_NUM_THREADS := 1

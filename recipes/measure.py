@@ -30,7 +30,7 @@ PEERS = ("fira", "galore-torch", "apollo-torch", "pytorch_optimizer")
 def provenance(seed: int, command: list[str]) -> dict[str, Any]:
     """Enough to run it again and to compare timings fairly. Holds no absolute path."""
     return {
-        "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, *filter(_is_installed, PEERS))}
+        "versions": {name: found for name in PACKAGES + PEERS if (found := version(name))}
         | {"fira_hf": fira_hf.__version__, "python": platform.python_version()},
         "commit": _commit(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
@@ -43,12 +43,12 @@ def provenance(seed: int, command: list[str]) -> dict[str, Any]:
     }
 
 
-def _is_installed(name: str) -> bool:
+def version(name: str) -> str | None:
+    """Of an installed package; None where it is not."""
     try:
-        importlib.metadata.version(name)
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None
 
 
 def _cpu() -> str:

@@ -15,8 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -76,6 +74,9 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def main(words: list[str] | None = None) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
     parser = command_line(__doc__)
     parser.add_argument("--methods", type=lambda text: text.split(","), default=[n for n in BUILDERS if n != "muon"])
     options = parser.parse_args(words)

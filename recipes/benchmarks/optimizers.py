@@ -71,6 +71,10 @@ def _fira_hf(matrices: Matrices, lr: float, rank: int, gap: int, settings: dict[
     return FiraAdamW([{"params": matrices, "rank": rank, "update_proj_gap": gap, "alpha": 0.25, **settings}], lr=lr)
 
 
+def _dense(matrices: Matrices, lr: float, rank: int, gap: int, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    return FiraAdamW([{"params": matrices, **settings}], lr=lr)  # AdamW with fp32 moments, whatever the weights
+
+
 BUILDERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "adamw-foreach": _adamw_foreach,
@@ -80,4 +84,5 @@ BUILDERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "fira": _fira,
     "pytorch-optimizer": _pytorch_optimizer,
     "fira_hf": _fira_hf,
+    "fira_hf-dense": _dense,
 }

@@ -17,8 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from tqdm import tqdm
 
@@ -111,7 +109,10 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return found | failed
 
 
-def print_table(found: dict[str, dict[str, Any]], console: Console) -> None:
+def print_table(found: dict[str, dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title="milliseconds; ratios of the ordinary step", padding=(0, 0, 0, 1))
     table.add_column("", no_wrap=True)
     for title in ("ordinary", "/AdamW", "/floor", "refresh", "average", "first", "longest"):
@@ -127,7 +128,7 @@ def print_table(found: dict[str, dict[str, Any]], console: Console) -> None:
 
         cells = (f"{row[key]:.1f}" if key in row else "-" for key in ("refresh", "amortised", "first", "longest"))
         table.add_row(name, f"{row['ordinary']:.1f}", ratio("adamw"), ratio(FLOOR), *cells)
-    console.print(table)
+    Console().print(table)
 
 
 def main(words: list[str] | None = None) -> int:
@@ -142,7 +143,7 @@ def main(words: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     found = run(options)
-    print_table(found, Console())
+    print_table(found)
     write("step", words, options, milliseconds=found)
     return 0
 

@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
-from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from fira_hf import FiraConfig
@@ -37,6 +35,7 @@ LORA = ["lora_A", "lora_B"]
 METHODS: dict[str, tuple[bool, str, str | None, list[str] | None]] = {
     "adamw-full": (False, "adamw_torch_fused", None, None),
     "fira-full": (False, "fira", "rank={rank}", FULL),
+    "fira-layerwise": (False, "fira_layerwise", "rank={rank}", FULL),
     "galore-full": (False, "galore_adamw", "rank={rank}, update_proj_gap={gap}, scale=0.25", FULL),
     "lora": (True, "adamw_torch_fused", None, None),
     "fira-on-lora": (True, "fira", "rank=16", LORA),
@@ -55,9 +54,9 @@ class Clock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-def build_model(options: argparse.Namespace, lora: bool, device: str) -> PreTrainedModel:
+def model_config(options: argparse.Namespace) -> LlamaConfig:
     size = SIZES[options.size]
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=options.vocab_size,
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
@@ -65,9 +64,12 @@ def build_model(options: argparse.Namespace, lora: bool, device: str) -> PreTrai
         num_attention_heads=size.heads,
         use_cache=False,
     )
+
+
+def build_model(options: argparse.Namespace, lora: bool, device: str) -> PreTrainedModel:
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, options.dtype))
+        model = LlamaForCausalLM._from_config(model_config(options), dtype=getattr(torch, options.dtype))
         if lora:  # the published adapter
             targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
             model = get_peft_model(model, LoraConfig(r=32, lora_alpha=64, lora_dropout=0.05, target_modules=targets))
@@ -87,6 +89,7 @@ def run_once(method: str, options: argparse.Namespace, folder: str) -> dict[str,
         optim=optim,
         optim_args=words and words.format(rank=rank, gap=options.gap),
         optim_target_modules=targets,
+        max_grad_norm=options.max_grad_norm,
         per_device_train_batch_size=options.batch_size,
         max_steps=options.steps + 1,
         gradient_checkpointing=options.gradient_checkpointing,
@@ -115,25 +118,11 @@ def predict(method: str, options: argparse.Namespace) -> int:
     if optim.startswith("adamw"):
         return estimate_memory(model, None, *batch).total
     config = FiraConfig(rank=16 if lora else options.rank or SIZES[options.size].rank)
-    return estimate_memory(model, config, *batch, optimizer="galore" if optim == "galore_adamw" else "fira").total
+    return estimate_memory(model, config, *batch, optimizer={"galore_adamw": "galore"}.get(optim, optim)).total
 
 
-def main(words: list[str] | None = None) -> int:
-    parser = command_line(__doc__)
-    parser.add_argument("--vocab_size", type=int, default=32000)
-    parser.add_argument("--gap", type=int, default=200, help="GaLore's interval; fira_hf has its defaults")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--sequence_length", type=int, default=256)
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--steps", type=int, default=5, help="measured steps in a repeat")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=["adamw-full", "fira-full"])
-    options = parser.parse_args(words)
-    for method in options.methods:
-        if method not in METHODS:
-            parser.error(f"there is no method {method!r}; there are {', '.join(METHODS)}")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """method -> tokens per second, seconds of each step's mean, and bytes at the peak, measured and predicted."""
     runs: dict[str, list[dict[str, float]]] = {method: [] for method in options.methods}
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -154,6 +143,30 @@ def main(words: list[str] | None = None) -> int:
             "peak_bytes": max(run["peak"] for run in runs[method]) or None,
         }
         found[method]["predicted_bytes"] = predict(method, options)
+    return {method: found[method] for method in options.methods}
+
+
+def main(words: list[str] | None = None) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    parser = command_line(__doc__)
+    parser.add_argument("--vocab_size", type=int, default=32000)
+    parser.add_argument("--gap", type=int, default=200, help="GaLore's interval; fira_hf has its defaults")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--sequence_length", type=int, default=256)
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--max_grad_norm", type=float, default=1.0, help="0: no clipping, for fira-layerwise")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps in a repeat")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=["adamw-full", "fira-full"])
+    options = parser.parse_args(words)
+    for method in options.methods:
+        if method not in METHODS:
+            parser.error(f"there is no method {method!r}; there are {', '.join(METHODS)}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    found = run(options)
     table = Table("method", "tokens/s", "s a step", "peak, GiB", "predicted, GiB")
     for method in options.methods:
         row = found[method]
@@ -164,7 +177,7 @@ def main(words: list[str] | None = None) -> int:
         step = f"{statistics.median(row['seconds_a_step']):.3f}"
         table.add_row(method, f"{row['tokens_per_second']:,.0f}", step, *memory)
     Console().print(table)
-    write("train", words, options, methods={method: found[method] for method in options.methods})
+    write("train", words, options, methods=found)
     return 0
 
 
