@@ -36,13 +36,13 @@ from typing import Any
 import torch
 
 from recipes import errors, files
+from recipes.benchmarks.gpu_table import GIB, summary
 
 LIMITS = {"kernels": 170, "step": 160, "trainer": 130, "step-7b": 240, "memory": 180, "tune": 420}  # seconds
 RANKS = {"tiny": 16, "60m": 128, "1b": 256, "7b": 128}
 PEERS = ["apollo-torch", "galore-torch", "fira", "pytorch-optimizer", "fira_hf, published"]  # all but one by SVD
 OURS = ["floor", "adamw", "fira_hf-dense", "fira_hf, together", "fira_hf"]
 STATE = {"adamw": lambda size: 2 * size, "fira_hf-dense": lambda size: 8}  # bytes an element, by those of an element
-GIB = 2**30
 Cell = Callable[[], dict[str, Any]]
 
 
@@ -350,60 +350,6 @@ def run_in_process(part: str, options: argparse.Namespace, words: list[str]) -> 
         found = files.read_json(path) or {"part": part, "cells": {}}
         found["cells"]["the process"] = {"status": "failed", "error": ending}
         files.write_json(path, found)
-
-
-def summary(part: str, cells: dict[str, dict[str, Any]]) -> list[str]:
-    """One line for each measurement, and one for each method in it."""
-    lines = []
-    for name, row in cells.items():
-        title = f"{part}, {name}"
-        if row["status"] in ("skipped", "failed"):
-            lines.append(f"{title}: {row['status']}: {row.get('reason') or row['error']}")
-        elif "cases" in row:
-            left = f", {row['left_out']} not reached in time" if row["left_out"] else ""
-            lines.append(
-                f"{title}: {len(row['cases']) - len(row['wrong'])} cases right, {len(row['wrong'])} wrong{left}"
-            )
-            lines += [f"    {case}" for case in row["wrong"]]
-        elif "methods" in row:
-            lines.append(f"{title}, tokens per second")
-            lines += [
-                f"    {method:<22}" + (found.get("error") or f"{found['tokens_per_second']:12,.0f}")
-                for method, found in row["methods"].items()
-            ]
-        elif "measured_bytes" in row:
-            sizes = (row["measured_bytes"] / GIB, row["predicted_bytes"] / GIB)
-            lines.append(f"{title}: {sizes[0]:.4g} GiB at the peak, {sizes[1]:.4g} predicted")
-        elif "tried" in row:
-            tried = [one for one in row["tried"] if "milliseconds" in one]
-            lines.append(f"{title}: {row['milliseconds']:.4f} ms as set, {_words(row['set_now'])}; {len(tried)} tried")
-            lines += [f"    {one['milliseconds']:.4f} ms: {_words(one['settings'])}" for one in tried[:3]]
-        elif "launches" in row:
-            told = row.get("reason")
-            if told is None:
-                told = (
-                    f"{row['launches']} launches and {row['copies']} copies, the device waits {row['waits']:.0%} of it"
-                )
-            lines.append(f"{title}: {row['milliseconds']:.2f} ms, {told}")
-        else:
-            lines += [f"{title}, {row['layers']} layers, ms", *_step_lines(row["milliseconds"])]
-    return lines
-
-
-def _words(settings: dict[str, int]) -> str:
-    return " ".join(f"{name}={value}" for name, value in settings.items())
-
-
-def _step_lines(found: dict[str, dict[str, Any]]) -> list[str]:
-    lines = [f"    {'':<22}{'ordinary':>10}{'refresh':>10}{'average':>10}{'/AdamW':>8}"]
-    base = found.get("adamw", {}).get("ordinary")
-    for name, row in found.items():
-        if "error" in row:
-            lines.append(f"    {name:<22}{row['error']}")
-            continue
-        cells = (f"{row[key]:10.2f}" if key in row else f"{'-':>10}" for key in ("ordinary", "refresh", "amortised"))
-        lines.append(f"    {name:<22}{''.join(cells)}" + (f"{row['ordinary'] / base:8.2f}" if base else f"{'-':>8}"))
-    return lines
 
 
 def main(words: list[str] | None = None) -> int:
