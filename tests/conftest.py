@@ -24,6 +24,9 @@ else:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not torch.cuda.is_available():
+    # Before Triton is imported by anything: kernels run on CPU tensors, for weights that say they are elsewhere.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # these matrices are so small that a second thread only costs
 
 ROOT = Path(__file__).parents[1]

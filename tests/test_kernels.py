@@ -1,0 +1,179 @@
+"""The kernels of an accelerator, in Triton's interpreter where there is no GPU: each against fp64, and whole steps."""
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+
+import fira_hf.state
+from fira_hf import PUBLISHED, FiraAdamW
+from fira_hf import functional as F
+from recipes.benchmarks import kernels as checks
+from reference import gradients, weight
+from test_accelerator import Pretended, no_reads
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed; on this platform it may have no wheel"
+)
+SHAPES = [(70, 40), (40, 70)]
+
+
+@pytest.fixture
+def kernels():
+    from fira_hf import kernels
+
+    return kernels
+
+
+@pytest.mark.parametrize("check", checks.CHECKS)
+def test_every_kernel_against_fp64(check, kernels):
+    """All dtypes, memory layouts, ranks and state dtypes; an inactive matrix with NaN among the others."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = checks.run(check, kernels, checks.TINY, device, 60)
+    assert found["wrong"] == [] and found["left_out"] == 0
+
+
+def test_what_makes_a_step_is_chosen_in_one_place(kernels):
+    assert fira_hf.state.operations(weight((4, 4))) is F
+    assert fira_hf.state.operations(Pretended(torch.ones(4, 4))) is kernels
+
+
+def optimizer_of(*params, **settings):
+    group = {"rank": 6, "alpha": 0.25, "update_proj_gap": 4} | settings
+    return FiraAdamW([{"params": list(params), **group}], lr=1e-2, weight_decay=0.1)
+
+
+def step(optimizer, *pairs):
+    for p, gradient in pairs:
+        p.grad = gradient.to(p.dtype)
+    optimizer.step()
+
+
+def pretended(p):
+    return Pretended(p.detach().clone())
+
+
+@pytest.mark.parametrize("settings", [{}, {"base_optimizer": "lion"}, {"base_optimizer": "adafactor"}], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_steps_are_those_of_the_torch_code(shape, settings, monkeypatch, kernels):
+    """Over several refreshes, by the torch code for accelerators and by the kernels."""
+    start = weight(shape).detach()
+    results = []
+    for ops in (F, kernels):
+        monkeypatch.setattr(fira_hf.state, "_operations", lambda device, ops=ops: ops if device == "cuda" else F)
+        p = pretended(start)
+        optimizer = optimizer_of(p, **settings)
+        optimizer.track_statistics = True
+        for gradient in gradients(shape, 14):
+            step(optimizer, (p, gradient))
+        results.append((torch.Tensor(p.detach()), optimizer.pop_statistics()))
+    (plain, of_plain), (fused, of_fused) = results
+    assert (fused - plain).norm() <= 1e-5 * (plain - start).norm()
+    assert of_fused == pytest.approx(of_plain, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_published_package(shape, kernels):
+    """As in test_parity.py, through the kernels."""
+    import fira
+
+    ours, theirs = pretended(weight(shape)), weight(shape)
+    start = theirs.detach().clone()
+    mine = FiraAdamW([{"params": [ours], **PUBLISHED, "rank": 6, "update_proj_gap": 5, "alpha": 0.25}], lr=1e-2)
+    group = {"rank": 6, "update_proj_gap": 5, "alpha": 0.25, "proj_type": "std"}
+    published = fira.FiraAdamW([{"params": [theirs], **group}], lr=1e-2, no_deprecation_warning=True)
+    for gradient in gradients(shape, 12):
+        theirs.grad = gradient.clone()
+        published.step()
+        step(mine, (ours, gradient))
+    assert (torch.Tensor(ours.detach()) - theirs.detach()).norm() <= 1e-3 * (theirs.detach() - start).norm()
+
+
+@pytest.mark.parametrize("settings", [{}, {"state_dtype": "bfloat16", "stochastic_rounding": True}], ids=str)
+def test_resume_is_bit_equal(settings, kernels):
+    """From a checkpoint in the middle of an interval, what is drawn at random included."""
+    sequence = gradients((70, 40), 12)
+    p = pretended(weight((70, 40), dtype=torch.bfloat16))
+    optimizer = optimizer_of(p, **settings)
+    for gradient in sequence[:6]:
+        step(optimizer, (p, gradient))
+    saved, other = copy.deepcopy(optimizer.state_dict()), pretended(p)
+    resumed = optimizer_of(other, **settings)
+    other.__class__ = torch.nn.Parameter  # torch loads a state to where a weight says it is
+    resumed.load_state_dict(saved)
+    other.__class__ = Pretended
+    for gradient in sequence[6:]:
+        step(optimizer, (p, gradient))
+        step(resumed, (other, gradient))
+    assert torch.equal(p, other)
+    for name, value in optimizer.state[p].items():
+        if torch.is_tensor(value):
+            assert torch.equal(value, resumed.state[other][name]), name
+
+
+@pytest.mark.parametrize("projection", ["power", "random"])
+def test_no_read_after_the_first_step(projection, kernels):
+    """At the defaults, statistics included, over three intervals in which every basis is refreshed."""
+    params = [pretended(weight(shape, seed=i)) for i, shape in enumerate([(70, 40), (40, 70), (70, 40), (90, 80)])]
+    dense = pretended(weight((30,), dtype=torch.bfloat16))
+    projected = {"params": params, "rank": 6, "projection": projection}
+    optimizer = FiraAdamW([projected, {"params": [dense]}], lr=1e-2)
+    optimizer.track_statistics = True
+    sequences = [gradients(p.shape, 30, seed=i) for i, p in enumerate(params)]
+    dense.grad = torch.ones_like(dense)
+    bases = []
+    for t, grads in enumerate(zip(*sequences, strict=True)):
+        for p, gradient in zip(params, grads, strict=True):
+            p.grad = gradient
+        if t == 0:
+            optimizer.step()
+            continue
+        with no_reads():
+            optimizer.step()
+        bases.append(optimizer.state[params[0]]["basis"].clone())
+    changes = sum(not torch.equal(a, b) for a, b in zip(bases, bases[1:], strict=False))
+    assert changes in (2, 3)  # every tenth of 29 steps
+    assert optimizer.pop_statistics()["captured_energy"] > 0
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("at", [4, 5])
+def test_a_bad_gradient_changes_nothing_where_a_basis_is_due_and_where_not(at, bad, kernels):
+    p = pretended(weight((70, 40)))
+    optimizer = optimizer_of(p, refresh="together")  # due at calls 0, 4, 8
+    for gradient in gradients((70, 40), at):
+        step(optimizer, (p, gradient))
+    before = {k: v.clone() for k, v in optimizer.state[p].items() if torch.is_tensor(v)} | {"": p.detach().clone()}
+    step(optimizer, (p, torch.full((70, 40), bad)))
+    after = {**optimizer.state[p], "": p.detach()}
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_nothing_of_the_weights_size_is_made(kernels):
+    """In an ordinary step and in a refresh: only what is low-rank is allocated."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(out):
+                # The interpreter handles what it is given as bytes.
+                if not isinstance(tensor, torch.Tensor) or tensor.dtype == torch.uint8:
+                    continue
+                if tensor.untyped_storage().data_ptr() not in known:
+                    self.numel = max(self.numel, tensor.numel())
+            return out
+
+    p = pretended(weight((160, 128), dtype=torch.bfloat16))
+    optimizer = optimizer_of(p, rank=8, refresh="together")
+    sequence = gradients((160, 128), 9)
+    step(optimizer, (p, sequence[0]))
+    for gradient in sequence[1:]:
+        p.grad = gradient.bfloat16()
+        known = {p.data.untyped_storage().data_ptr(), p.grad.untyped_storage().data_ptr()}
+        with Largest() as largest:
+            optimizer.step()
+        assert 0 < largest.numel <= 2 * 160 * 8
