@@ -277,25 +277,18 @@ class Kernels:
         self._launch([grads, bases], [], [R, norms], 2 * len(grads) * long * short * rank, half)
         return R, norms
 
-    def transposed_product(self, grads: Sequence[Tensor], P: Tensor) -> Tensor:
-        (long, short), rank = grads[0].shape, P.shape[-1]
-        Y = torch.empty(len(grads), short, rank)
-        half = 0 if grads[0].dtype == torch.float32 else 2
-        self._launch([grads, P], [], Y, 2 * len(grads) * long * short * rank, half)
-        return Y
+    def transposed_products(self, grads: Sequence[Tensor], P: Tensor) -> Tensor:
+        return self.project([G.t() for G in grads], list(P))[0]
 
-    def direction(self, base_optimizer: str, R: Tensor, moments: Any, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def direction(self, base_optimizer: str, R: Tensor, stored: Any, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
         N = torch.empty_like(R)
         norms = [torch.empty(*R.shape[:2], 1) for _ in range(2)]
-        self._launch([R, moments, more], moments, [N, norms])
+        self._launch([R, stored, more], stored, [N, norms])
         return N, norms[0], norms[1]
 
     def apply_updates(self, weights: Any, grads: Any, N: Tensor, R: Any, *more: Any) -> None:
         half = 0 if weights[0].dtype == torch.float32 else 3
         self._launch([weights, grads, N, R, more], weights, [], 2 * N.numel() * weights[0].shape[1], half)
-
-    def adamw(self, weights: Any, grads: Any, exp_avgs: Any, exp_avg_sqs: Any, *more: Any, **rest: Any) -> None:
-        self._launch([weights, grads, exp_avgs, exp_avg_sqs, more, rest], [weights, exp_avgs, exp_avg_sqs], [])
 
 
 class Elsewhere(nn.Parameter):
