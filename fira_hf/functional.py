@@ -101,7 +101,7 @@ Total = Callable[[Tensor], Tensor]
 def are_usable(norms: Tensor, total: Total = total_norms) -> Tensor:
     """(B,) bool from row norms (B, long, 1): gradients that are finite (their square in fp32, too) and not zero."""
     whole = total(norms).flatten()
-    return torch.isfinite(whole) & (whole > 0)
+    return (whole > 0) & (whole < torch.inf)  # False for NaN, too
 
 
 def project(grads: Sequence[Tensor], bases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,10 @@ What a launch compiles in: dtypes, which strides are 1, the rank and the block s
 seeds, which come in one int64 tensor a launch, and numbers such as the learning rate. Kernels that write in place are
 not autotuned, which would run them several times on the live tensors.
 
-Products are taken on tensor cores. A half-precision gradient is exact there, and what it meets is the sum of two
-matrices of its own dtype; fp32 weights and gradients take three products in TF32. The relative error of a product is
-then about 2^-16 (bf16) or 2^-20, which does not show beside the rounding of the weight.
+Products are taken on tensor cores, with errors that do not show. G Q goes into moments that are kept for long: a
+half-precision gradient is exact there, and meets the sum of two matrices of its own dtype (relative error 2^-16 in
+bf16). The low-rank update of a bf16 weight is one product in bf16: its error, 2^-8 of the update, is as large as the
+rounding of the gradient that it was made of, and far below that of the weight. What is fp32 takes three in TF32.
 """
 
 from __future__ import annotations
@@ -152,6 +153,10 @@ def _update_kernel(
             q = tl.load(Q + columns[None, :] * q_row + inner[:, None] * q_col, mask=is_q, other=0.0).to(tl.float32)
             if tl.float32 == W_DTYPE:
                 product = tl.dot(n, q, product, input_precision="tf32x3")
+            elif tl.bfloat16 == W_DTYPE:
+                n_rounded = _rounded(n, 0, 0, tl.bfloat16, False, INTERPRETED)
+                q_rounded = _rounded(q, 0, 0, tl.bfloat16, False, INTERPRETED)
+                product = _dot(n_rounded, q_rounded, product, INTERPRETED)
             else:
                 n_high, n_low = _halves(n, tl.bfloat16)
                 q_high, q_low = _halves(q, tl.bfloat16)

@@ -16,10 +16,10 @@ from torch.distributed.tensor import DTensor
 from . import functional as F
 from .distributed import Shards, local, own_of_stack, sharded_like, shards_of
 
-# Matrices of one shape are taken together up to this many elements of their low-rank gradients: 4 MiB on the CPU,
-# elsewhere enough that starting the operations does not take longer than the operations.
+# Matrices of one shape are taken together up to this many elements of their low-rank gradients: 4 MiB on the CPU;
+# elsewhere 32 MiB, so that starting the operations does not take longer than the operations.
 BATCH = {"cpu": 2**20}
-BATCH_ELSEWHERE = 2**22
+BATCH_ELSEWHERE = 2**23
 # What is rounded at random in a step, as `use` of a seed: 0 is the weight; then the moments by number, in the update
 # and in a change of basis before it.
 OF_MOMENTS, OF_REFRESH = 1, 4

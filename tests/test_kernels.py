@@ -160,8 +160,8 @@ def test_nothing_of_the_weights_size_is_made(kernels):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
             for tensor in torch.utils._pytree.tree_leaves(out):
-                # The interpreter handles what it is given as bytes.
-                if not isinstance(tensor, torch.Tensor) or tensor.dtype == torch.uint8:
+                # The interpreter handles what it is given as bytes; a meta tensor has no memory.
+                if not isinstance(tensor, torch.Tensor) or tensor.dtype == torch.uint8 or tensor.is_meta:
                     continue
                 if tensor.untyped_storage().data_ptr() not in known:
                     self.numel = max(self.numel, tensor.numel())

@@ -287,7 +287,7 @@ class Kernels:
         return N, norms[0], norms[1]
 
     def apply_updates(self, weights: Any, grads: Any, N: Tensor, R: Any, *more: Any) -> None:
-        half = 0 if weights[0].dtype == torch.float32 else 3
+        half = {torch.bfloat16: 1, torch.float16: 3}.get(weights[0].dtype, 0)
         self._launch([weights, grads, N, R, more], weights, [], 2 * N.numel() * weights[0].shape[1], half)
 
 

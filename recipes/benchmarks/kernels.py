@@ -2,7 +2,8 @@
 
 Every function is called on three matrices of a shape, the second of which is not active and has a gradient of NaN and
 infinities. What it returns or writes is judged element by element: an error may be as large as the rounding to the
-dtype of the output, and as that of a product, which is `PRODUCT` times what the absolute values of its factors give.
+dtype of the output, and as that of a product, which is `PRODUCT` or `OF_UPDATE` times what the absolute values of its
+factors give.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from recipes import errors
 
 # A product may err by a sixteenth of what one rounding to a 16-bit dtype does; one of fp32 by 64 roundings.
 PRODUCT = {torch.bfloat16: 2.0**-12, torch.float16: 2.0**-15, torch.float32: 2.0**-18}
+# The update of a bf16 weight is one product of two factors that are rounded to bf16, each by up to 2^-8, as the gradient
+# in it has been.
+OF_UPDATE = PRODUCT | {torch.bfloat16: 2.0**-7 + 2.0**-12}
 FP32 = 2.0**-20  # of what is computed in fp32, element by element
 NORM = 2.0**-18  # of a norm, relative
 BETAS, EPS = (0.9, 0.999), 1e-6
@@ -213,7 +217,7 @@ def check_apply_updates(has_R: bool, ops: Any, case: Case, device: str) -> Error
     B[OFF] = torch.nan
     at_random = has_R and case.dtype == torch.bfloat16
     seeds = list(range(COUNT)) if at_random else None
-    u, p = roundoff(case.dtype, at_random), PRODUCT[case.dtype]
+    u, p = roundoff(case.dtype, at_random), OF_UPDATE[case.dtype]
     ops.apply_updates(weights, grads, N.clone(), R, a, k, B, bases, decay, inputs.active, seeds)
     for i in on():
         W, G, Q, b = before[i].double(), grads[i].double(), bases[i].double(), B[i].double()
