@@ -2,11 +2,14 @@
 
 import copy
 import importlib.util
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import fira_hf.state
+from conftest import ROOT
 from fira_hf import PUBLISHED, FiraAdamW
 from fira_hf import functional as F
 from recipes.benchmarks import kernels as checks
@@ -37,6 +40,17 @@ def test_every_kernel_against_fp64(check, kernels):
 def test_what_makes_a_step_is_chosen_in_one_place(kernels):
     assert fira_hf.state.operations(weight((4, 4))) is F
     assert fira_hf.state.operations(Pretended(torch.ones(4, 4))) is kernels
+
+
+def test_a_step_on_the_cpu_does_not_import_triton():
+    """Where nobody else has: it takes a second, and a place where it is broken would break everything."""
+    code = (
+        "import sys, torch, transformers, peft; before = 'triton' in sys.modules\n"
+        "import fira_hf; p = torch.nn.Parameter(torch.randn(8, 4)); p.grad = torch.randn(8, 4)\n"
+        "fira_hf.FiraAdamW([{'params': [p], 'rank': 2}]).step()\n"
+        "assert ('triton' in sys.modules) == before and 'fira_hf.kernels' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def optimizer_of(*params, **settings):
