@@ -23,8 +23,8 @@ from recipes import errors
 
 # A product may err by a sixteenth of what one rounding to a 16-bit dtype does; one of fp32 by 64 roundings.
 PRODUCT = {torch.bfloat16: 2.0**-12, torch.float16: 2.0**-15, torch.float32: 2.0**-18}
-# The update of a bf16 weight is one product of factors that are rounded to bf16, by up to 2^-8 each, as the gradient in
-# it has been.
+# The update of a bf16 weight is one product of factors that are rounded to bf16, by up to 2^-8 each, as the gradient
+# that they come from has been.
 OF_UPDATE = PRODUCT | {torch.bfloat16: 2.0**-7 + 2.0**-12}
 FP32 = 2.0**-20  # of what is computed in fp32, element by element
 NORM = 2.0**-18  # of a norm, relative
