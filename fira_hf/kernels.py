@@ -5,7 +5,8 @@ operation and a weight is written once, whatever its memory layout; no tensor of
 
 What a launch compiles in: dtypes, which strides are 1, the rank and the block sizes. What stays live: addresses and
 seeds, which come in one int64 tensor a launch, and numbers such as the learning rate. Kernels that write in place are
-not autotuned, which would run them several times on the live tensors.
+not autotuned, which would run them several times on the live tensors. Blocks are counted along the first axis of a
+grid, since CUDA takes 65,535 at most along the others.
 
 Products are taken on tensor cores, with errors that do not show. G Q goes into moments that are kept for long: a
 half-precision gradient is exact there, and meets the sum of two matrices of its own dtype (relative error 2^-16 in
@@ -62,11 +63,11 @@ def _project_kernel(
     G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    matrix = tl.program_id(0).to(tl.int64)
+    matrix = tl.program_id(2).to(tl.int64)
     G = tl.load(table + 2 * matrix).to(tl.pointer_type(G_DTYPE))
     Q = tl.load(table + 2 * matrix + 1).to(tl.pointer_type(Q_DTYPE))
-    rows = (tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
-    columns = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = (tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     product = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
     squares = tl.zeros((BLOCK_L,), tl.float32)
     for start in range(0, short, BLOCK_S):
@@ -95,11 +96,11 @@ def _direction_kernel(
     DTYPE: tl.constexpr, AT_RANDOM: tl.constexpr, LION: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    matrix = tl.program_id(0).to(tl.int64)
+    matrix = tl.program_id(1).to(tl.int64)
     on = tl.load(active + matrix).to(tl.int32) + tl.zeros((BLOCK_L, BLOCK_R), tl.int32) != 0
     M = tl.load(table + 4 * matrix).to(tl.pointer_type(DTYPE))
     V = tl.load(table + 4 * matrix + 1).to(tl.pointer_type(DTYPE))
-    rows = (tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
+    rows = (tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
     columns = tl.arange(0, BLOCK_R)
     inside = (rows[:, None] < long) & (columns[None, :] < rank) & on
     own = rows[:, None] * rank + columns[None, :]
@@ -131,13 +132,13 @@ def _update_kernel(
     W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, HAS_R: tl.constexpr, AT_RANDOM: tl.constexpr,
     INTERPRETED: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    matrix = tl.program_id(0).to(tl.int64)
+    matrix = tl.program_id(2).to(tl.int64)
     if tl.load(active + matrix) != 0:
         W = tl.load(table + 4 * matrix).to(tl.pointer_type(W_DTYPE))
         G = tl.load(table + 4 * matrix + 1).to(tl.pointer_type(G_DTYPE))
         Q = tl.load(table + 4 * matrix + 2).to(tl.pointer_type(Q_DTYPE))
         rows = (tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
-        columns = (tl.program_id(2) * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)
+        columns = (tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)
         place = matrix * long + rows
         b = tl.load(B + place, mask=rows < long, other=0.0)
         scale = tl.load(a + matrix)
@@ -180,13 +181,13 @@ def _adamw_kernel(
     W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, M_DTYPE: tl.constexpr,
     ROUNDS_W: tl.constexpr, ROUNDS_M: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    weight = tl.program_id(0).to(tl.int64)
+    weight = tl.program_id(1).to(tl.int64)
     if tl.load(finite) != 0:
         W = tl.load(table + 7 * weight).to(tl.pointer_type(W_DTYPE))
         G = tl.load(table + 7 * weight + 1).to(tl.pointer_type(G_DTYPE))
         M = tl.load(table + 7 * weight + 2).to(tl.pointer_type(M_DTYPE))
         V = tl.load(table + 7 * weight + 3).to(tl.pointer_type(M_DTYPE))
-        i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         g = tl.load(G + i, mask=i < size, other=0.0).to(tl.float32)
         w = tl.load(W + i, mask=i < size, other=0.0).to(tl.float32)
         m = b1 * tl.load(M + i, mask=i < size, other=0.0).to(tl.float32) + (1 - b1) * g
@@ -222,7 +223,7 @@ def project(grads: Sequence[Tensor], bases: Sequence[Tensor]) -> tuple[Tensor, T
     block_r = _power_of_2(rank, 16, 256 if is_half else 128)
     block_l = 64 if block_r <= (128 if is_half else 64) else 32
     if long:
-        _project_kernel[len(grads), triton.cdiv(long, block_l), triton.cdiv(rank, block_r)](
+        _project_kernel[triton.cdiv(long, block_l), triton.cdiv(rank, block_r), len(grads)](
             _table(grads, bases), R, norms, long, short, rank, *grads[0].stride(), *bases[0].stride(),
             G_DTYPE=DTYPES[grads[0].dtype], Q_DTYPE=DTYPES[bases[0].dtype], INTERPRETED=INTERPRETED,
             BLOCK_L=block_l, BLOCK_S=32, BLOCK_R=block_r,
@@ -257,7 +258,7 @@ def direction(
     block_l = max(1, 2**11 // block_r)
     if long:
         none = [0] * count
-        _direction_kernel[count, triton.cdiv(long, block_l)](
+        _direction_kernel[triton.cdiv(long, block_l), count](
             _table(M, V, seeds[0] if seeds else none, seeds[-1] if seeds else none),
             R, N, R_norms, N_norms, active, long, rank, *betas, eps,
             DTYPE=DTYPES[M[0].dtype], AT_RANDOM=seeds is not None and M[0].dtype == torch.bfloat16,
@@ -286,7 +287,7 @@ def apply_updates(
         return
     N, B = N.contiguous(), B.contiguous()
     block_s = 64 if weights[0].dtype != torch.float32 else 128
-    _update_kernel[count, triton.cdiv(long, 64), triton.cdiv(short, block_s)](
+    _update_kernel[triton.cdiv(short, block_s), triton.cdiv(long, 64), count](
         _table(weights, grads, bases, seeds or [0] * count), N, N if R is None else R, a, B, active,
         long, short, rank, k, decay, *weights[0].stride(), *grads[0].stride(), *bases[0].stride(),
         W_DTYPE=DTYPES[weights[0].dtype], G_DTYPE=DTYPES[grads[0].dtype], Q_DTYPE=DTYPES[bases[0].dtype],
@@ -328,7 +329,7 @@ def dense_adamw(
         seeds = [[seed or 0 for seed in of] for of in (w_seeds, m_seeds)]
         second = [seed + 1 for seed in seeds[1]]  # the two moments of a weight are drawn apart
         if size:
-            _adamw_kernel[len(W), triton.cdiv(size, 1024)](
+            _adamw_kernel[triton.cdiv(size, 1024), len(W)](
                 _table(W, G, M, V, *seeds, second),
                 F.bias_correction(b1, t), F.bias_correction(b2, t), finite, size, settings["lr"], b1, b2,
                 settings["eps"], 1 - settings["lr"] * settings["weight_decay"],

@@ -22,7 +22,7 @@ from recipes.benchmarks.kernels import BETAS, EPS
 
 @dataclass(frozen=True)
 class Tuned:
-    """A function, its kernel, which size is divided by which block for each axis of the grid but the first, and the
+    """A function, its kernel, which size is divided by which block for each axis of the grid but the last, and the
     values to try."""
 
     function: str
@@ -42,7 +42,7 @@ KERNELS = (
     Tuned(
         "apply_updates",
         "_update_kernel",
-        (("long", "BLOCK_L"), ("short", "BLOCK_S")),
+        (("short", "BLOCK_S"), ("long", "BLOCK_L")),
         {
             "BLOCK_L": (32, 64, 128),
             "BLOCK_S": (64, 128, 32),
@@ -79,7 +79,7 @@ class Launcher:
             self.used = keywords | self.settings
             sizes = dict(zip(self.kernel.arg_names, args, strict=False))
             blocks = (-(-sizes[size] // self.used[block]) for size, block in self.axes)
-            return self.kernel[(grid[0], *blocks)](*args, **self.used)
+            return self.kernel[(*blocks, grid[-1])](*args, **self.used)
 
         return launch
 
