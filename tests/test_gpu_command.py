@@ -246,7 +246,7 @@ def test_other_block_sizes_are_tried_with_the_grid_that_goes_with_them():
 
     def project(grads, bases):
         settings = {"BLOCK_L": 64, "BLOCK_S": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
-        module._project_kernel[2, 2, 1](None, None, None, 100, 40, 24, **settings)
+        module._project_kernel[2, 2, 2](None, None, None, 100, 40, 24, **settings)
 
     module.project = project
     found = tune.run(module, one, (100, 40, 24, 2), False, "cpu", 60.0)
