@@ -137,6 +137,8 @@ def state_misfit(p: Any, state: Mapping[str, Any], group: Mapping[str, Any], els
                 "has a state that was loaded past load_state_dict (with ZeroRedundancyOptimizer, let each process "
                 "save optimizer.optim.state_dict() and load it by optimizer.optim.load_state_dict())"
             )
+        if not isinstance(state.get("phase", 0), int):
+            return "has an optimizer state as earlier versions saved it (phase is a list)"
         shapes = _shapes(p.shape, group["rank"], group["split"], group["transposed"], group["base_optimizer"])
     else:
         shapes = _shapes(p.shape, None, 1, False, "adamw")

@@ -111,6 +111,25 @@ if sys.argv[4] == "adafactor":  # what all hold stays the same on all, also wher
     assert all(torch.equal(col, other) for other in of_each)
 ordinary = Sent()
 train(model, optimizer, 50, 51, True, ordinary)
+if sys.argv[4] == "adamw":  # what finds bases where the host does not read: the same as of whole gradients
+    from fira_hf import functional, subspace
+    from fira_hf.state import matrices_of
+    from torch.distributed.tensor import distribute_tensor
+
+    (group,) = (g for g in optimizer.param_groups if any(p is model.layers[0].weight for p in g["params"]))
+    for layer in model.layers[:2]:
+        p = layer.weight
+        whole = torch.randn(p.shape, generator=torch.Generator().manual_seed(3))
+        for bad in (False, True):
+            whole[0, 0] = torch.nan if bad else 1.0
+            p.grad = distribute_tensor(whole, p.device_mesh, p.placements)
+            (matrix,) = matrices_of(p, optimizer.state, group)
+            G, Q, short = matrix.tall(matrix.grad), matrix["basis"], min(p.shape)
+            basis, good = matrix.shards.refine(G, Q, "power", 0, short)
+            expected, _ = subspace.refine(functional, [functional.tall(whole)], "power", [Q], [0])
+            assert good.item() != bad
+            assert bad or (basis - expected[0]).norm() <= 1e-5 * expected.norm()
+        p.grad = None
 if rank == 0:
     single = build(False)
     optimizer = prepare(single, **settings)
