@@ -279,12 +279,15 @@ def rounding_seed(state: dict[str, Any], place: int = 0, use: int = 0) -> int:
 
 
 def operations(p: Tensor) -> Any:
-    """The module that makes the steps of such a weight: `functional`, or `kernels` where Triton can run them."""
+    """The module that makes the steps of such a weight: `functional`, or `kernels` where Triton can run them and the
+    environment does not say FIRA_HF_TRITON=0."""
     return _operations(p.device.type)
 
 
 @functools.cache
 def _operations(device: str) -> Any:
+    if os.environ.get("FIRA_HF_TRITON") == "0":
+        return F
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     # Products of bf16 on tensor cores need compute capability 8.0. ROCm has not been tried.
     can_run = torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability() >= (8, 0)

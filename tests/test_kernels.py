@@ -42,6 +42,13 @@ def test_what_makes_a_step_is_chosen_in_one_place(kernels):
     assert fira_hf.state.operations(Pretended(torch.ones(4, 4))) is kernels
 
 
+def test_the_kernels_can_be_switched_off(monkeypatch):
+    monkeypatch.setenv("FIRA_HF_TRITON", "0")
+    assert fira_hf.state._operations.__wrapped__("cuda") is F
+    monkeypatch.setenv("FIRA_HF_TRITON", "1")
+    assert fira_hf.state._operations.__wrapped__("cuda") is not F
+
+
 def test_a_step_on_the_cpu_does_not_import_triton():
     """Where nobody else has: it takes a second, and a place where it is broken would break everything."""
     code = (
