@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -40,6 +41,57 @@ def test_every_kernel_against_fp64(check, kernels):
 def test_what_makes_a_step_is_chosen_in_one_place(kernels):
     assert fira_hf.state.operations(weight((4, 4))) is F
     assert fira_hf.state.operations(Pretended(torch.ones(4, 4))) is kernels
+
+
+COMPILES = """
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fira_hf import kernels
+
+INTEGERS = ("long", "short", "rank", "size")
+POINTERS = {"table": "*i64", "active": "*i1", "finite": "*i1"}
+NUMBERS = ("b1", "b2", "eps", "k", "decay", "lr")
+
+def compiled(kernel, capability, warps, **constants):
+    constants |= {"INTERPRETED": False}
+    def kind(name):
+        if name in constants:
+            return "constexpr"
+        if name in INTEGERS or name.endswith(("_row", "_col")):
+            return "i32"
+        return POINTERS.get(name, "fp32" if name in NUMBERS else "*fp32")
+    names = kernel.arg_names
+    source = ASTSource(kernel, {n: kind(n) for n in names}, {(names.index(n),): c for n, c in constants.items()})
+    options = {"num_warps": warps, "num_stages": 2}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+for capability in (80, 90):
+    for dtype in (tl.bfloat16, tl.float32):
+        half = dtype == tl.bfloat16
+        of_project = {"BLOCK_L": 64 if half else 32, "BLOCK_S": 32, "BLOCK_R": 128}
+        of_update = {"BLOCK_L": 64, "BLOCK_S": 64 if half else 128, "BLOCK_R": 32, "HAS_R": True, "AT_RANDOM": half}
+        both = {"G_DTYPE": dtype, "Q_DTYPE": tl.float32}
+        state = {"AT_RANDOM": half, "LION": False, "BLOCK_L": 16, "BLOCK_R": 128}
+        dense = {"W_DTYPE": tl.bfloat16, "M_DTYPE": dtype, "ROUNDS_W": True, "ROUNDS_M": half, "BLOCK": 1024}
+        for found in (
+            compiled(kernels._project_kernel, capability, 8, **both, **of_project),
+            compiled(kernels._update_kernel, capability, 8, W_DTYPE=dtype, **both, **of_update),
+            compiled(kernels._direction_kernel, capability, 4, DTYPE=dtype, **state),
+            compiled(kernels._adamw_kernel, capability, 4, G_DTYPE=tl.bfloat16, **dense),
+        ):
+            assert found.metadata.shared <= 99 * 1024, found.metadata
+"""
+
+
+def test_the_kernels_compile_for_gpus():
+    """By Triton and ptxas, which need no GPU for that: compute capabilities 8.0 and 9.0, the smallest shared memory."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILES], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 def test_the_kernels_can_be_switched_off(monkeypatch):
