@@ -86,7 +86,7 @@ for capability in (80, 90):
 
 
 def test_the_kernels_compile_for_gpus():
-    """By Triton and ptxas, which need no GPU for that: compute capabilities 8.0 and 9.0, the smallest shared memory."""
+    """By Triton and ptxas, which need no GPU: compute capabilities 8.0 and 9.0, in the least shared memory."""
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     result = subprocess.run(
         [sys.executable, "-c", COMPILES], cwd=ROOT, env=environment, capture_output=True, text=True
