@@ -58,7 +58,6 @@ class FiraAdamW(torch.optim.Optimizer):
         step           0-dim           updates made (fp32, on the weight's device)
         phase          int             the basis is due at updates `phase`, `phase` + `update_proj_gap`, ...; on an
                                        accelerator, whose updates the host does not know, at calls
-        refresh_in     int             calls of `step()` that can pass before the basis may be due (not in checkpoints)
         seed           int             of what is drawn at random
         calls          int             of `step()` with a gradient, usable or not, since the first one
         basis          short x r       orthonormal columns
@@ -69,8 +68,8 @@ class FiraAdamW(torch.optim.Optimizer):
         residual_norm  0-dim           norm of the last residual, as limited; infinite: none, or a negligible one
 
     The state of a stack, or of a matrix in parts, has one more dimension in front (the parts of a matrix one after
-    another), and a list of `refresh_in`, with None for a matrix that has had no gradient yet. `phase` is that of the
-    first of them; where refreshes are staggered, those of the others are spread evenly over the interval.
+    another). `phase` is that of the first of them; where refreshes are staggered, those of the others are spread
+    evenly over the interval.
 
     A weight of a group without `rank` has `step`, `seed`, `calls`, and `exp_avg` and `exp_avg_sq` of its own shape.
 
@@ -253,7 +252,7 @@ class FiraAdamW(torch.optim.Optimizer):
                 matrices, grads, bases = ([x[i] for i in keep] for x in (matrices, grads, bases))
             active = None
         for matrix in matrices:
-            matrix["refresh_in"] = max(0, matrix["refresh_in"] - 1)
+            matrix.refresh_in = max(0, (matrix.refresh_in or 0) - 1)
         steps = [matrix["step"] for matrix in matrices]
         torch._foreach_add_(steps, 1.0 if active is None else list(active.float()))
         counts = torch.stack(steps).view(-1, 1, 1)
@@ -361,7 +360,7 @@ class FiraAdamW(torch.optim.Optimizer):
         return dict(zip(STATISTICS, (sums[1:] / sums[0]).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch's optimizers give it, but for `refresh_in`, and with copies of the bases."""
+        """The state as torch's optimizers give it, with copies of the bases."""
         # Hooks that others have registered come after this one, and see what is saved.
         hook = self.register_state_dict_post_hook(_as_saved, prepend=True)
         try:
@@ -410,8 +409,7 @@ class FiraAdamW(torch.optim.Optimizer):
 
 def _as_saved(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     def saved(state: dict[str, Any]) -> dict[str, Any]:
-        kept = {name: value for name, value in state.items() if name != "refresh_in"}
         # torch.distributed sends a tensor as it lies in memory, and a basis lies there column by column.
-        return kept | ({"basis": kept["basis"].contiguous()} if "basis" in kept else {})
+        return {name: value.contiguous() if name == "basis" else value for name, value in state.items()}
 
     return {**state_dict, "state": {index: saved(state) for index, state in state_dict["state"].items()}}

@@ -33,7 +33,7 @@ def refresh(
         gap = group["update_proj_gap"]
         _refine([m for m in begun if (m.phase(group) - m.state["calls"]) % gap == 0], group, process_group)
         matrices = [matrix for matrix in matrices if not matrix.begun]
-    due = _due([matrix for matrix in matrices if not matrix.begun or matrix["refresh_in"] == 0], group, first_states)
+    due = _due([matrix for matrix in matrices if not matrix.begun or matrix.refresh_in == 0], group, first_states)
     if not due:
         return
     rank = group["rank"]
@@ -92,7 +92,7 @@ def _due(
         elif wait == gap:
             due[matrix] = (group["projection"], wait, seed)
         else:
-            matrix["refresh_in"] = wait
+            matrix.refresh_in = wait
     return due
 
 
@@ -125,7 +125,7 @@ def _take(matrix: Matrix, Q: Tensor | None, wait: int, group: dict[str, Any]) ->
     elif Q is not None:
         matrix.begin(Q, group)
     if matrix.begun:
-        matrix["refresh_in"] = wait
+        matrix.refresh_in = wait
 
 
 def _change_basis(matrix: Matrix, Q: Tensor, good: Tensor | None, group: dict[str, Any]) -> None:

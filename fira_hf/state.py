@@ -25,6 +25,16 @@ BATCH_ELSEWHERE = 2**23
 OF_MOMENTS, OF_REFRESH = 1, 4
 
 
+class State(dict[str, Any]):
+    """The state of a projected parameter: its entries are saved, its attribute is not.
+
+    refresh_in: calls of `step()` that can pass before the basis may be due; None for a matrix that has no basis yet. A
+    list of these for a stack, or a matrix in parts.
+    """
+
+    refresh_in: Any = None
+
+
 def first_states(param_groups: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
     """Parameter -> the plain numbers that its state begins with, from its place among all parameters.
 
@@ -48,7 +58,7 @@ def first_states(param_groups: list[dict[str, Any]]) -> dict[Any, dict[str, Any]
     return first
 
 
-def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> State:
     """The state of a projected parameter, with no basis yet; `first` is its entry in `first_states`."""
     split, transposed = group["split"], group["transposed"]
     stack, shards = F.stacked(p, split), shards_of(p, split, transposed)
@@ -61,7 +71,8 @@ def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> dict[s
         # A stack is sharded matrix by matrix; of a matrix that is sharded only the moments are.
         return sharded_like(p, part, (*stack, *part.shape[1:])) if p.ndim == 3 else part
 
-    state = {**first, "refresh_in": [None] * stack[0] if stack else None}
+    state = State(first)
+    state.refresh_in = [None] * stack[0] if stack else None
     for name, (has_rows, has_columns) in F.MOMENTS[group["base_optimizer"]].items():
         columns = r if has_columns else 1
         part = torch.zeros(*own, rows.stop - rows.start if has_rows else 1, columns, dtype=dtype, device=device)
@@ -74,13 +85,13 @@ def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> dict[s
 
 def loaded_state(p: Any, saved: dict[str, Any]) -> dict[str, Any]:
     """A copy of a saved state on the weight's device, in the dtypes in which it was saved."""
-    device, state = local(p.data).device, {}
+    device, state = local(p.data).device, State()
     for name, value in saved.items():
         if isinstance(value, Tensor):
             value = F.column_major(value.to(device)) if name == "basis" else value.to(device, copy=True).contiguous()
         state[name] = value
     if "basis" in state:
-        state["refresh_in"] = _refresh_in(p, saved["step"])
+        state.refresh_in = _refresh_in(p, saved["step"])
     return state
 
 
@@ -132,7 +143,7 @@ def state_misfit(p: Any, state: Mapping[str, Any], group: Mapping[str, Any], els
     if not state:
         return None
     if "rank" in group:
-        if "basis" in state and "refresh_in" not in state and not elsewhere:
+        if not isinstance(state, State) and not elsewhere:
             return (
                 "has a state that was loaded past load_state_dict (with ZeroRedundancyOptimizer, let each process "
                 "save optimizer.optim.state_dict() and load it by optimizer.optim.load_state_dict())"
@@ -173,7 +184,7 @@ class Matrix:
     def __init__(
         self,
         parameter: Any,
-        state: dict[str, Any],
+        state: State,
         index: int | None,
         place: int,
         shards: Shards | None,
@@ -200,13 +211,15 @@ class Matrix:
     @property
     def begun(self) -> bool:
         """Whether it has a basis."""
-        return "refresh_in" in self.state and self["refresh_in"] is not None
+        return self.refresh_in is not None
 
     def begin(self, Q: Tensor, group: dict[str, Any]) -> None:
         """Takes the first basis (short, r)."""
         if "basis" not in self.state:
-            self.state.update(create_state(self.parameter, group, self.state))
-        self["refresh_in"] = 0
+            new = create_state(self.parameter, group, self.state)
+            self.state.update(new)
+            self.state.refresh_in = new.refresh_in
+        self.refresh_in = 0
         self["basis"].copy_(Q)
 
     def rounding_seed(self, use: int = 0) -> int:
@@ -214,22 +227,26 @@ class Matrix:
         return rounding_seed(self.state, self.place, use)
 
     def __getitem__(self, name: str) -> Any:
-        value = self.state[name]
-        if isinstance(value, list):
-            return value[self.place]
-        value = local(value)
+        value = local(self.state[name])
         return value if self.index is None else value[self.index]
 
-    def __setitem__(self, name: str, value: int) -> None:
-        if self.index is None:
-            self.state[name] = value
+    @property
+    def refresh_in(self) -> int | None:
+        value: Any = self.state.refresh_in
+        return value[self.place] if isinstance(value, list) else value
+
+    @refresh_in.setter
+    def refresh_in(self, value: int) -> None:
+        if isinstance(self.state.refresh_in, list):
+            self.state.refresh_in[self.place] = value
         else:
-            self.state[name][self.place] = value
+            self.state.refresh_in = value
 
 
 def matrices_of(p: Any, states: Mapping[Any, dict[str, Any]], group: dict[str, Any]) -> list[Matrix]:
     """The matrices of a parameter, all with its one state, which is empty before the first of them begins."""
-    state, split, transposed = states.get(p, {}), group["split"], group["transposed"]
+    split, transposed = group["split"], group["transposed"]
+    state: Any = states.get(p) or State()
     shards = shards_of(p, split, transposed)
     weight, grad = local(p.detach()), local(p.grad)
     if shards is not None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -67,7 +68,7 @@ def test_training_memory_and_provenance(measured):
     assert peaks["fira_layerwise"]["measured_bytes"] < peaks["fira"]["measured_bytes"]
     for row in peaks.values():  # not predicted is what the optimizer's step needs, which at this size is as much
         assert 0.95 < row["measured_bytes"] / row["predicted_bytes"] < 2
-        assert row["provenance"]["versions"]["torch"] == torch.__version__
+        assert row["provenance"]["versions"]["torch"] == version("torch")
     (left_out,) = cells(measured, "step-7b").values()
     assert (left_out["status"], left_out["reason"]) == ("skipped", "--size tiny")
 

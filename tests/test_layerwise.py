@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.utils.checkpoint
+import transformers
 from torch import nn
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -348,7 +349,7 @@ from fira_hf.layerwise import step_in_backward
 from trials import search
 
 torch.set_num_threads(1)
-output = sys.argv[1]
+output, resumes = sys.argv[1], sys.argv[2] == "True"
 settings = trainer_settings(output_dir=output) | {
     "optim_args": "rank=4, update_proj_gap=3", "gradient_accumulation_steps": 2, "max_steps": 6,
     "weight_decay": 0.1, "max_grad_norm": 1e9, "save_strategy": "steps", "save_steps": 4,
@@ -388,7 +389,8 @@ def error(function):
 found = {"fira": train("fira", build_llama())}
 model = build_llama(seed=dist.get_rank())  # made equal to that of the first process
 found["layerwise"] = train("fira_layerwise", model)
-found["resumed"] = train("fira_layerwise", resume=f"{output}/checkpoint-4")
+if resumes:
+    found["resumed"] = train("fira_layerwise", resume=f"{output}/checkpoint-4")
 found["again"] = train("fira", model)
 found["trials"] = searched(["fira_layerwise", "fira", "fira_layerwise", "adamw_torch"])
 
@@ -414,15 +416,16 @@ torch.save(found, f"{output}/found{dist.get_rank()}.pt")
 
 def test_two_processes(tmp_path):
     """The weights of DDP with optim="fira", without its buckets; resume; what is refused."""
-    launch(SCRIPT, tmp_path, 2, str(tmp_path / "out"))
+    resumes = not transformers.__version__.startswith("4.")  # whose Trainer loads no optimizer there, AdamW's neither
+    launch(SCRIPT, tmp_path, 2, str(tmp_path / "out"), str(resumes))
     found, of_second = (torch.load(tmp_path / "out" / f"found{rank}.pt") for rank in range(2))
-    for run in ("fira", "layerwise", "resumed", "again"):
+    for run in found.keys() & {"fira", "layerwise", "resumed", "again"}:
         assert torch.equal(*found[run]["weights"]), run
-    (fira, _), (layerwise, _), (resumed, _) = (found[run]["weights"] for run in ("fira", "layerwise", "resumed"))
+    (fira, _), (layerwise, _) = (found[run]["weights"] for run in ("fira", "layerwise"))
     start = torch.cat([p.detach().flatten() for p in build_llama().parameters()])
     assert (layerwise - fira).norm() <= 1e-5 * (fira - start).norm()
     assert found["layerwise"]["norms"] == pytest.approx(found["fira"]["norms"], rel=1e-5)
-    assert torch.equal(layerwise, resumed)
+    assert not resumes or torch.equal(layerwise, found["resumed"]["weights"][0])
     # DDP is back for the next Trainer of the same model
     assert [found[run]["wrapped"] for run in ("fira", "layerwise", "again")] == [True, False, True]
     # trials of a search are as trainings of their own, each with its own optimizer, wrapped or not

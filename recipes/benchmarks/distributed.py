@@ -150,7 +150,7 @@ def share_refresh(
     @torch.no_grad()
     def refresh() -> None:
         for matrix in due:
-            matrix["refresh_in"] = 0
+            matrix.refresh_in = 0
         fira_hf.refresh.refresh(due, group, {}, optimizer.process_group)
 
     found: list[torch.Tensor] = []
