@@ -22,8 +22,8 @@ REQUIREMENTS = [
     for lines in [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in EXTRAS)]
     for line in lines
 ]
-# The recipes run with the versions in constraints.txt. Their tests take half of the time of all, and use the library as
-# the tests of the Trainer do.
+# The recipes run with the versions in constraints.txt. Their tests take half of the time of all, and use the library
+# as the tests of the Trainer do.
 LEFT_OUT = {
     "test_benchmarks.py",
     "test_commonsense_launch.py",
