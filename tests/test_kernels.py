@@ -13,6 +13,7 @@ import fira_hf.state
 from conftest import ROOT
 from fira_hf import PUBLISHED, FiraAdamW
 from fira_hf import functional as F
+from fira_hf.layerwise import step_in_backward
 from recipes.benchmarks import kernels as checks
 from reference import gradients, weight
 from test_accelerator import Pretended, no_reads
@@ -250,3 +251,41 @@ def test_nothing_of_the_weights_size_is_made(kernels):
         with Largest() as largest:
             optimizer.step()
         assert 0 < largest.numel <= 2 * 160 * 8
+
+
+def test_weights_that_are_stepped_inside_backward(kernels):
+    """The same as by `optimizer.step()`, bit for bit."""
+
+    def train(layerwise):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Tanh(), torch.nn.Linear(40, 20))
+        for layer in (model[0], model[2]):
+            layer.weight = pretended(layer.weight)
+        biases = [model[0].bias, model[2].bias]
+        groups = [{"params": [model[0].weight, model[2].weight], "rank": 6, "update_proj_gap": 3}, {"params": biases}]
+        optimizer = FiraAdamW(groups, lr=1e-2)
+        if layerwise:
+            step_in_backward(optimizer)
+        for _ in range(7):
+            model(torch.randn(8, 24)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach() for p in model.parameters()]
+
+    assert all(map(torch.equal, train(True), train(False)))
+
+
+@pytest.mark.parametrize("sides", [(0, 8), (8, 0)])
+def test_a_process_without_a_part_of_the_weight(sides, kernels):
+    """Where fewer rows than processes are sharded: nothing is launched on nothing, and norms of nothing are zero."""
+    long, short = sides
+    grads, bases, weights = [torch.ones(sides)], [torch.ones(3, short).t()], [torch.ones(sides)]
+    active = torch.ones(1, dtype=torch.bool)
+    for ops in (F, kernels):
+        R, norms = ops.project(grads, bases)
+        assert R.shape == (1, long, 3) and not R.any() and norms.shape == (1, long, 1) and not norms.any()
+        moments = [[torch.zeros(long, 3)], [torch.zeros(long, 3)]]
+        N, R_norms, N_norms = ops.direction("adamw", R, moments, (0.9, 0.999), 1e-6, active)
+        assert not any(x.any() for x in (N, R_norms, N_norms))
+        ops.apply_updates(weights, grads, N, R, torch.ones(1, 1, 1), 1.0, norms, bases, 1.0, active)
+        assert ops.transposed_products(grads, R).shape == (1, short, 3)
