@@ -161,9 +161,9 @@ def state_misfit(p: Any, state: Mapping[str, Any], group: Mapping[str, Any], els
         if value.shape != shape:
             kept = f"{name} is {tuple(value.shape)}, not {tuple(shape)}"
             return f"has the optimizer state of a weight of another shape ({kept})"
-        if not elsewhere and local(value).device != device:
+        if not elsewhere and value.device != device:
             return (
-                f"is on {device}, but {name} of its optimizer state on {local(value).device} (which moves by "
+                f"is on {device}, but {name} of its optimizer state on {value.device} (which moves by "
                 "optimizer.load_state_dict(optimizer.state_dict()))"
             )
     if isinstance(p, DTensor) != isinstance(state["exp_avg"], DTensor):
@@ -264,8 +264,9 @@ def batches(matrices: Iterable[Matrix], rank: int) -> Iterator[list[Matrix]]:
     alike: dict[Any, list[Matrix]] = defaultdict(list)
     for matrix in matrices:
         shape, p = matrix.shape, matrix.parameter
-        strides = matrix.tall(matrix.weight).stride(), matrix.tall(matrix.grad).stride()
-        alike[max(shape), min(shape), p.device, p.dtype, p.grad.dtype, matrix.shards, strides].append(matrix)
+        # On the CPU matrices are gone through one by one, however they lie in memory.
+        lie = () if p.device.type == "cpu" else tuple(matrix.tall(x).stride() for x in (matrix.weight, matrix.grad))
+        alike[max(shape), min(shape), p.device, p.dtype, p.grad.dtype, matrix.shards, lie].append(matrix)
     for (long, short, device, *_), members in alike.items():
         size = max(1, BATCH.get(device.type, BATCH_ELSEWHERE) // (long * min(rank, short)))
         for i in range(0, len(members), size):
