@@ -175,9 +175,9 @@ def direction(
         for of, old in zip(moments, before, strict=True):
             torch._foreach_copy_(of, list(torch.where(mask, torch.stack(of), old)))
         N = torch.where(mask, N, 0.0)
-    for name, (of, new) in enumerate(zip(stored, moments, strict=True)):
+    for which, (of, new) in enumerate(zip(stored, moments, strict=True)):
         for i, moment in enumerate(of):
-            store(moment, new[i], generator(moment, seeds[name][i] if seeds else None))
+            store(moment, new[i], generator(moment, seeds[which][i] if seeds else None))
     return N, row_norms(R), row_norms(N)
 
 

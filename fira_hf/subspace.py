@@ -143,7 +143,7 @@ def draw(shape: torch.Size | tuple[int, int], device: torch.device, seed: int) -
 
 def cholesky_qr(Y: Tensor) -> tuple[Tensor, Tensor]:
     """CholeskyQR twice: Q, (B, short, r), and whether it is orthonormal, (B,) bool."""
-    Y = Y / Y.abs().amax(dim=(-2, -1), keepdim=True).clamp_(min=TINY)
+    Y = _scaled(Y)
     Q = Y / torch.linalg.vector_norm(Y, dim=-2, keepdim=True).clamp_(min=TINY)
     eye = torch.eye(Y.shape[-1], device=Y.device).expand(len(Y), -1, -1)
     for _ in range(2):
@@ -156,12 +156,16 @@ def cholesky_qr(Y: Tensor) -> tuple[Tensor, Tensor]:
 
 def orthonormalize(Y: Tensor) -> Bases:
     """Orthonormal bases of the columns of Y, (B, short, r): CholeskyQR twice, or QR where that is not accurate."""
-    Y = Y / Y.abs().amax(dim=(-2, -1), keepdim=True).clamp_(min=TINY)
     Q, good = cholesky_qr(Y)
     return [
-        column_major(q) if ok else _in_fp32_or_fp64(lambda y: torch.linalg.qr(y).Q, y)
+        column_major(q) if ok else _in_fp32_or_fp64(lambda y: torch.linalg.qr(y).Q, _scaled(y))
         for q, y, ok in zip(Q, Y, good.tolist(), strict=True)
     ]
+
+
+def _scaled(Y: Tensor) -> Tensor:
+    """Y, (..., short, r), with 1 as its largest absolute value, whose square no product can carry out of fp32."""
+    return Y / Y.abs().amax(dim=(-2, -1), keepdim=True).clamp_(min=TINY)
 
 
 def _orthogonality_error(Q: Tensor) -> Tensor:
