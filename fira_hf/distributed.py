@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from .functional import TINY, are_usable, product, transposed_product
+from .functional import TINY, Basis, are_usable, product, total_norms, transposed_product
 from .subspace import (
     EXACT,
     cholesky_qr,
@@ -73,11 +73,10 @@ class Shards:
         """This process's part of so many rows."""
         return _chunk(rows, self.count, self.rank)
 
-    def total(self, norms: Tensor) -> Tensor:
-        """`functional.total_norms` over the rows of all processes."""
-        squares = norms.square().sum(-2, keepdim=True)
-        dist.all_reduce(squares, group=self.group)
-        return squares.sqrt_()
+    def add(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        dist.all_reduce(tensor, group=self.group)
+        return tensor
 
     def collect(self, R: Tensor, G_norms: Tensor) -> tuple[Tensor, Tensor]:
         """Partial low-rank gradients (B, long, r) and row norms (B, long, 1) -> their sums, this process's rows."""
@@ -98,15 +97,18 @@ class Shards:
         rows = self._gather(torch.cat([A, B], dim=2), long).transpose(0, 1)
         return rows[..., :-1], rows[..., -1:]
 
-    def own_columns(self, Q: Tensor) -> Tensor:
-        """The part of a basis (short, r) that this process's part of the gradient is multiplied with."""
-        return Q if self.is_tall else Q[self.own(len(Q))]
+    def own_columns(self, Q: Basis, short: int) -> Basis:
+        """The part of a basis (short, r) that this process's part of the gradient is multiplied with; of a range of
+        columns the same as counted from the first one that this process has."""
+        if self.is_tall:
+            return Q
+        own = self.own(short)
+        return range(Q.start - own.start, Q.stop - own.start) if isinstance(Q, range) else Q[own]
 
     def _whole(self, Y: Tensor, short: int) -> Tensor:
         """(short, r) from this process's part: a term of the sum, or some of the rows."""
         if self.is_tall:
-            dist.all_reduce(Y, group=self.group)
-            return Y
+            return self.add(Y)
         return self._gather(Y[None], short)[:, 0]
 
     def _gather(self, part: Tensor, rows: int) -> Tensor:
@@ -142,7 +144,7 @@ class Shards:
 
     def refine(self, G: Tensor, previous: Tensor, method: str, seed: int, short: int) -> tuple[Tensor, Tensor]:
         """What `subspace.refine` does, for one gradient of which this process has the part G."""
-        norm = self.total(torch.linalg.vector_norm(G, dtype=torch.float32).view(1, 1, 1))
+        norm = total_norms(torch.linalg.vector_norm(G, dtype=torch.float32).view(1, 1, 1), self.add)
         is_random = method == "random"
         Y = draw(previous.shape, G.device, seed) if is_random else self._iterate(G, previous.float(), short)
         Q, good = cholesky_qr(Y[None])
@@ -150,9 +152,9 @@ class Shards:
 
     def _iterate(self, G: Tensor, Q: Tensor, short: int) -> Tensor:
         """G^T G Q up to a factor, (short, r)."""
-        P = product(G, self.own_columns(Q), torch.empty(len(G), Q.shape[1], device=G.device))
+        P = product(G, Q if self.is_tall else Q[self.own(short)], torch.empty(len(G), Q.shape[1], device=G.device))
         if not self.is_tall:
-            dist.all_reduce(P, group=self.group)
+            self.add(P)
         return self._whole(transposed_product(G, P.div_(self._largest(P))), short)
 
     def _largest(self, tensor: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ any tensor of the weight's size exists, and the whole update is one product of r
 
     W <- (1 - lr wd) (W - eta [(alpha N - s c k phi R) Q^T + s c phi G]),      eta = lr sqrt(1 - b2^t) / (1 - b1^t)
 
-N and eta are Adam's; `direction` has the N of other base optimizers, and eta is lr for Lion.
+N and eta are Adam's; `direction` has the N of other base optimizers, whose eta is lr (Lion) or lr times a constant
+(Muon). With projection="columns" Q is a `range`: R is so many neighbouring columns of G, and N goes into those of W.
 (s, k) = (1, alpha) is the published code, (alpha, 1) is the paper, the same at alpha = 1; (0, 1) leaves S out.
 """
 
@@ -89,26 +90,47 @@ def row_norms(matrix: Tensor) -> Tensor:
     return sums.sqrt_().unsqueeze(1)
 
 
-def total_norms(norms: Tensor) -> Tensor:
+# Sums a tensor over all processes that share the rows of a matrix; None: there are no others.
+Add = Callable[[Tensor], Tensor] | None
+
+
+def total_norms(norms: Tensor, add: Add = None) -> Tensor:
     """Norm of each matrix from the norms of its rows: (..., rows, 1) -> (..., 1, 1)."""
-    return torch.linalg.vector_norm(norms, dim=-2, keepdim=True)
+    if add is None:
+        return torch.linalg.vector_norm(norms, dim=-2, keepdim=True)
+    return add(norms.square().sum(-2, keepdim=True)).sqrt_()
 
 
-# What sums up rows: `total_norms`, or, where other processes have more rows, the same over all of them.
-Total = Callable[[Tensor], Tensor]
-
-
-def are_usable(norms: Tensor, total: Total = total_norms) -> Tensor:
+def are_usable(norms: Tensor, add: Add = None) -> Tensor:
     """(B,) bool from row norms (B, long, 1): gradients that are finite (their square in fp32, too) and not zero."""
-    whole = total(norms).flatten()
+    whole = total_norms(norms, add).flatten()
     return (whole > 0) & (whole < torch.inf)  # False for NaN, too
 
 
-def project(grads: Sequence[Tensor], bases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+# A basis, (short, r); or the r neighbouring columns that span the subspace, some of which may lie outside of the part
+# of the short side that this process has.
+Basis = Tensor | range
+
+
+def rank_of(Q: Basis) -> int:
+    return len(Q) if isinstance(Q, range) else Q.shape[1]
+
+
+def within(Q: range, short: int) -> tuple[slice, slice]:
+    """Of a matrix with so many columns those in the range, and which ones of the range they are."""
+    first, last = max(0, Q.start), max(0, Q.start, min(short, Q.stop))
+    return slice(first, last), slice(first - Q.start, last - Q.start)
+
+
+def project(grads: Sequence[Tensor], bases: Sequence[Basis]) -> tuple[Tensor, Tensor]:
     """R = G Q, (B, long, r), and the norms of the rows of G, (B, long, 1), both fp32."""
-    R = torch.empty(len(grads), len(grads[0]), bases[0].shape[1], device=grads[0].device)
+    R = torch.empty(len(grads), len(grads[0]), rank_of(bases[0]), device=grads[0].device)
     for G, Q, out in zip(grads, bases, R, strict=True):
-        product(G, Q.float(), out)
+        if isinstance(Q, range):
+            columns, places = within(Q, G.shape[1])
+            out.zero_()[:, places] = G[:, columns]
+        else:
+            product(G, Q.float(), out)
     return R, torch.stack([row_norms(G) for G in grads])
 
 
@@ -141,6 +163,7 @@ def transposed_product(G: Tensor, P: Tensor) -> Tensor:
 MOMENTS = {
     "adamw": {"exp_avg": (True, True), "exp_avg_sq": (True, True)},
     "lion": {"exp_avg": (True, True)},
+    "muon": {"exp_avg": (True, True)},
     "adafactor": {"exp_avg_sq_col": (False, True), "exp_avg_sq_row": (True, False), "exp_avg": (True, True)},
 }
 Moments = list[list[Tensor]]  # for each name, that of each of B matrices
@@ -154,7 +177,7 @@ def direction(
     eps: float,
     active: Tensor | None = None,
     seeds: Sequence[Sequence[int]] | None = None,
-    total: Total = total_norms,
+    add: Add = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Updates the moments in place with R; returns the direction N, (B, long, r), and the row norms of R and N, fp32.
 
@@ -169,8 +192,10 @@ def direction(
     before = [] if active is None or base_optimizer == "adamw" else [torch.stack(of) for of in moments]
     if base_optimizer == "adamw":
         N = _adam(R, moments, betas, eps, active)
+    elif base_optimizer == "adafactor":
+        N = _adafactor(R, moments, betas, eps, add)
     else:
-        N = _lion(R, moments, betas) if base_optimizer == "lion" else _adafactor(R, moments, betas, eps, total)
+        N = _lion(R, moments, betas) if base_optimizer == "lion" else _muon(R, moments, betas, add)
     if before:
         for of, old in zip(moments, before, strict=True):
             torch._foreach_copy_(of, list(torch.where(mask, torch.stack(of), old)))
@@ -206,37 +231,69 @@ def _lion(R: Tensor, moments: Moments, betas: tuple[float, float]) -> Tensor:
     return N
 
 
-def _adafactor(R: Tensor, moments: Moments, betas: tuple[float, float], eps: float, total: Total) -> Tensor:
+def _muon(R: Tensor, moments: Moments, betas: tuple[float, float], add: Add) -> Tensor:
+    """N = X (X^T X)^(-1/2), nearly, of X = b1 M + (1 - b1) R (Muon with Nesterov momentum, arXiv 2502.16982)."""
+    (M,) = moments
+    torch._foreach_lerp_(M, list(R), 1 - betas[0])
+    return orthogonalized(torch.stack(torch._foreach_lerp(M, list(R), 1 - betas[0])), add)
+
+
+# Muon's quintic iteration (torch.optim.Muon): singular values above a thousandth of the norm come out near 1, between
+# 0.7 and 1.2, and those that are smaller grow 485-fold.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+
+
+def orthogonalized(X: Tensor, add: Add = None) -> Tensor:
+    """X p(X^T X), (B, long, r), with the singular values of X brought near 1 and its singular vectors.
+
+    The polynomial p is found on the r x r matrix alone, so two products of X's size are all there are. Zeros stay, and
+    so does whatever rank X lacks: nothing is inverted.
+    """
+    a, b, c = NEWTON_SCHULZ
+    gram = X.mT @ X
+    gram = gram if add is None else add(gram)
+    square = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_(min=TINY).view(-1, 1, 1)
+    A, eye = gram / square, torch.eye(X.shape[2], device=X.device)
+    whole = eye
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        factor = torch.addcmul(a * eye, A, torch.full((), b, device=A.device)) + c * (A @ A)
+        whole, A = whole @ factor, factor @ A @ factor  # all are polynomials of one matrix: they commute
+    return X @ (whole / square.sqrt())
+
+
+def _adafactor(R: Tensor, moments: Moments, betas: tuple[float, float], eps: float, add: Add) -> Tensor:
     """N = M / (sqrt(V) + eps), V_ij = row_i col_j / mean(col), where row follows the means of R^2 over its rows, and
     col the sums over its columns (arXiv 1804.04235, algorithm 2)."""
     col, row, M = moments
     squares = R.square()
     torch._foreach_lerp_(M, list(R), 1 - betas[0])
     torch._foreach_lerp_(row, list(squares.mean(2, keepdim=True)), 1 - betas[1])
-    torch._foreach_lerp_(col, list(total(squares.sum(1, keepdim=True).sqrt_()).square()), 1 - betas[1])
+    columns = squares.sum(1, keepdim=True)
+    torch._foreach_lerp_(col, list(columns if add is None else add(columns)), 1 - betas[1])
     columns = torch.stack(col)
     columns = columns / columns.mean(2, keepdim=True).clamp_(min=TINY)
     roots = torch.stack(row).sqrt_() * columns.sqrt_()
     return torch.stack(M).div_(roots.add_(eps))
 
 
-def residual_scale(N_norms: Tensor, R_norms: Tensor, scaling: str, total: Total = total_norms) -> Tensor:
+def residual_scale(N_norms: Tensor, R_norms: Tensor, scaling: str, add: Add = None) -> Tensor:
     """phi, (B, long, 1), from the row norms of N and R: one a row ("column"), one a matrix, or 1 ("none")."""
     if scaling == "none":
         return torch.ones_like(R_norms)
     if scaling == "matrix":
-        N_norms, R_norms = total(torch.stack([N_norms, R_norms])).expand(2, *R_norms.shape)
+        N_norms, R_norms = total_norms(torch.stack([N_norms, R_norms]), add).expand(2, *R_norms.shape)
     return N_norms / (R_norms + EPS)
 
 
-def residual_norm(phi: Tensor, G_norms: Tensor, R_norms: Tensor, k: float, total: Total = total_norms) -> Tensor:
+def residual_norm(phi: Tensor, G_norms: Tensor, R_norms: Tensor, k: float, add: Add = None) -> Tensor:
     """||S|| of S = phi (G - k R Q^T) in closed form, (B, 1, 1); infinite where S is negligible beside phi G.
 
     phi, G_norms, R_norms: (B, long, 1). The subtraction can come out below zero where nearly all of G lies in the
     subspace and k = 1; it is clamped.
     """
     left = (G_norms.square() - k * (2 - k) * R_norms.square()).clamp_(min=0).sqrt_()
-    norm, whole = total(torch.stack([phi * left, phi * G_norms]))
+    norm, whole = total_norms(torch.stack([phi * left, phi * G_norms]), add)
     return torch.where(norm > NEGLIGIBLE * whole, norm, torch.inf)
 
 
@@ -259,6 +316,12 @@ def limit(norm: Tensor, previous: Tensor, gamma: float | None, limiter: str = "g
     return c, c * norm
 
 
+def muon_scale(long: int, rank: int) -> float:
+    """What an update of singular values 1, (long, r), is multiplied with to have a root mean square of 0.2, as AdamW's
+    has, whose rates then serve (arXiv 2502.16982; "match_rms_adamw" in torch.optim.Muon)."""
+    return 0.2 * math.sqrt(max(long, rank))
+
+
 def bias_correction(beta: float, t: Tensor) -> Tensor:
     """1 - beta^t, accurate in fp32 for any t."""
     return -torch.expm1(t * math.log(beta)) if beta else torch.ones_like(t)
@@ -277,7 +340,7 @@ def apply_updates(
     a: Tensor,
     k: float,
     B: Tensor,
-    bases: Sequence[Tensor],
+    bases: Sequence[Basis],
     decay: float,
     active: Tensor | None = None,
     seeds: Sequence[int] | None = None,
@@ -289,14 +352,14 @@ def apply_updates(
     A = N.mul_(a) if R is None else N.mul_(a).addcmul_(B, R, value=-k)
     for i, (W, G, Q) in enumerate(zip(weights, grads, bases, strict=True)):
         on = None if active is None else active[i]
-        apply_update(W, G, A[i], Q.float(), B[i], decay, on, generator(W, seeds[i] if seeds else None))
+        apply_update(W, G, A[i], Q, B[i], decay, on, generator(W, seeds[i] if seeds else None))
 
 
 def apply_update(
     W: Tensor,
     G: Tensor,
     A: Tensor,
-    Q: Tensor,
+    Q: Basis,
     B: Tensor,
     decay: float,
     active: Tensor | None = None,
@@ -304,17 +367,23 @@ def apply_update(
 ) -> None:
     """W <- decay (W - A Q^T - B G) in place, rounded once to W's dtype; at random where a generator is given.
 
-    W, G: (long, short), any float dtype; A: (long, r), Q: (short, r), B: (long, 1), fp32.
+    W, G: (long, short), any float dtype; A: (long, r), B: (long, 1), fp32.
     `active`: 0-dim bool on the device; where it is False nothing is written, whatever is in G.
     """
     exact = W.dtype == torch.float32 and G.dtype == torch.float32 and active is None
+    Q = Q if isinstance(Q, range) else Q.float()
     blocks = (row_blocks(W), row_blocks(G), row_blocks(A, like=W), row_blocks(B, like=W))
     for w, g, a, b in zip(*blocks, strict=True):
-        if exact:
-            w.addmm_(a, Q.t(), beta=decay, alpha=-decay).addcmul_(b, g, value=-decay)
-            continue
-        new = w.to(torch.float32, copy=True).addmm_(a, Q.t(), beta=decay, alpha=-decay).addcmul_(b, g, value=-decay)
-        store(w, new if active is None else torch.where(active, new, w), generator)
+        new = w if exact else w.to(torch.float32, copy=True)
+        if isinstance(Q, range):
+            columns, places = within(Q, w.shape[1])
+            new[:, columns].sub_(a[:, places])
+            new.mul_(decay)
+        else:
+            new.addmm_(a, Q.t(), beta=decay, alpha=-decay)
+        new.addcmul_(b, g, value=-decay)
+        if not exact:
+            store(w, new if active is None else torch.where(active, new, w), generator)
 
 
 def store(target: Tensor, value: Tensor, generator: torch.Generator | None = None) -> None:

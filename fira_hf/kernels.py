@@ -60,12 +60,13 @@ def _rounded(x, seed, offset, dtype: tl.constexpr, AT_RANDOM: tl.constexpr, INTE
 @triton.jit
 def _project_kernel(
     table, R, norms, long, short, rank, g_row, g_col, q_row, q_col,
-    G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, INTERPRETED: tl.constexpr,
+    G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, IS_RANGE: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(2).to(tl.int64)
     G = tl.load(table + 2 * matrix).to(tl.pointer_type(G_DTYPE))
-    Q = tl.load(table + 2 * matrix + 1).to(tl.pointer_type(Q_DTYPE))
+    first = tl.load(table + 2 * matrix + 1)
+    Q = first.to(tl.pointer_type(Q_DTYPE))
     rows = (tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     product = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
@@ -73,20 +74,26 @@ def _project_kernel(
     for start in range(0, short, BLOCK_S):
         inner = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
         is_g = (rows[:, None] < long) & (inner[None, :] < short)
-        is_q = (inner[:, None] < short) & (columns[None, :] < rank)
         g = tl.load(G + rows[:, None] * g_row + inner[None, :] * g_col, mask=is_g, other=0.0)
-        q = tl.load(Q + inner[:, None] * q_row + columns[None, :] * q_col, mask=is_q, other=0.0).to(tl.float32)
-        if tl.float32 == G_DTYPE:
-            product = tl.dot(g, q, product, input_precision="tf32x3")
-        else:
-            high, low = _halves(q, G_DTYPE)
-            product = _dot(g, high, product, INTERPRETED)
-            product = _dot(g, low, product, INTERPRETED)
         wide = g.to(tl.float32)
         squares += tl.sum(wide * wide, axis=1)
+        if IS_RANGE:
+            within = inner - first
+            chosen = is_g & (within[None, :] >= 0) & (within[None, :] < rank)
+            tl.store(R + (matrix * long + rows)[:, None] * rank + within[None, :], wide, mask=chosen)
+        else:
+            is_q = (inner[:, None] < short) & (columns[None, :] < rank)
+            q = tl.load(Q + inner[:, None] * q_row + columns[None, :] * q_col, mask=is_q, other=0.0).to(tl.float32)
+            if tl.float32 == G_DTYPE:
+                product = tl.dot(g, q, product, input_precision="tf32x3")
+            else:
+                high, low = _halves(q, G_DTYPE)
+                product = _dot(g, high, product, INTERPRETED)
+                product = _dot(g, low, product, INTERPRETED)
     place = matrix * long + rows
-    inside = (rows[:, None] < long) & (columns[None, :] < rank)
-    tl.store(R + place[:, None] * rank + columns[None, :], product, mask=inside)
+    if not IS_RANGE:
+        inside = (rows[:, None] < long) & (columns[None, :] < rank)
+        tl.store(R + place[:, None] * rank + columns[None, :], product, mask=inside)
     tl.store(norms + place, tl.sqrt(squares), mask=rows < long)
 
 
@@ -129,21 +136,30 @@ def _direction_kernel(
 @triton.jit
 def _update_kernel(
     table, N, R, a, B, active, long, short, rank, k, decay, w_row, w_col, g_row, g_col, q_row, q_col,
-    W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, HAS_R: tl.constexpr, AT_RANDOM: tl.constexpr,
-    INTERPRETED: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
+    W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, HAS_R: tl.constexpr, IS_RANGE: tl.constexpr,
+    AT_RANDOM: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(2).to(tl.int64)
     if tl.load(active + matrix) != 0:
         W = tl.load(table + 4 * matrix).to(tl.pointer_type(W_DTYPE))
         G = tl.load(table + 4 * matrix + 1).to(tl.pointer_type(G_DTYPE))
-        Q = tl.load(table + 4 * matrix + 2).to(tl.pointer_type(Q_DTYPE))
+        first = tl.load(table + 4 * matrix + 2)
+        Q = first.to(tl.pointer_type(Q_DTYPE))
         rows = (tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
         columns = (tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)
         place = matrix * long + rows
         b = tl.load(B + place, mask=rows < long, other=0.0)
         scale = tl.load(a + matrix)
         product = tl.zeros((BLOCK_L, BLOCK_S), tl.float32)
-        for start in range(0, rank, BLOCK_R):
+        if IS_RANGE:
+            within = columns - first
+            chosen = (rows[:, None] < long) & (within[None, :] >= 0) & (within[None, :] < rank)
+            product = scale * tl.load(N + place[:, None] * rank + within[None, :], mask=chosen, other=0.0)
+            if HAS_R:
+                part = tl.load(R + place[:, None] * rank + within[None, :], mask=chosen, other=0.0)
+                product -= (k * b)[:, None] * part
+        for start in range(0, 0 if IS_RANGE else rank, BLOCK_R):
             inner = start + tl.arange(0, BLOCK_R)
             is_low_rank = (rows[:, None] < long) & (inner[None, :] < rank)
             n = scale * tl.load(N + place[:, None] * rank + inner[None, :], mask=is_low_rank, other=0.0)
@@ -203,29 +219,41 @@ INTERPRETED = isinstance(_project_kernel, InterpretedFunction)
 
 
 def _table(*columns: Sequence[Any]) -> Tensor:
-    """(matrices, columns) int64 on the device: addresses of tensors, and numbers."""
-    rows = [[x.data_ptr() if isinstance(x, Tensor) else x for x in row] for row in zip(*columns, strict=True)]
+    """(matrices, columns) int64 on the device: addresses of tensors, first ones of ranges, and numbers."""
+    rows = [[_number(x) for x in row] for row in zip(*columns, strict=True)]
     device = next(x.device for column in columns for x in column if isinstance(x, Tensor))
     return torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+def _number(x: Any) -> int:
+    number: int = x.data_ptr() if isinstance(x, Tensor) else x.start if isinstance(x, range) else x
+    return number
+
+
+def _about(Q: F.Basis) -> tuple[int, int, Any, bool]:
+    """What a kernel is told of a basis: two strides, the dtype, and whether it is a range of columns."""
+    return (0, 0, tl.float32, True) if isinstance(Q, range) else (*Q.stride(), DTYPES[Q.dtype], False)
 
 
 def _power_of_2(size: int, least: int, most: int) -> int:
     return int(min(most, max(least, triton.next_power_of_2(size))))
 
 
-def project(grads: Sequence[Tensor], bases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """See `functional.project`. One pass over G for up to 256 columns of Q (fp32: 128)."""
-    (long, short), rank = grads[0].shape, bases[0].shape[1]
-    R = torch.empty(len(grads), long, rank, device=grads[0].device)
+def project(grads: Sequence[Tensor], bases: Sequence[F.Basis]) -> tuple[Tensor, Tensor]:
+    """See `functional.project`. One pass over G for up to 256 columns of Q (fp32: 128), or for a range."""
+    (long, short), rank = grads[0].shape, F.rank_of(bases[0])
+    *strides, q_dtype, is_range = _about(bases[0])
+    # Of a range, columns may lie outside.
+    R = (torch.zeros if is_range else torch.empty)(len(grads), long, rank, device=grads[0].device)
     norms = R.new_empty(len(grads), long, 1)
     # No spilled registers and less than 99 KiB of shared memory, by what ptxas says for compute capabilities 8 and 9.
     is_half = grads[0].dtype != torch.float32
-    block_r = _power_of_2(rank, 16, 256 if is_half else 128)
+    block_r = 16 if is_range else _power_of_2(rank, 16, 256 if is_half else 128)
     block_l = 64 if block_r <= (128 if is_half else 64) else 32
     if long:
-        _project_kernel[triton.cdiv(long, block_l), triton.cdiv(rank, block_r), len(grads)](
-            _table(grads, bases), R, norms, long, short, rank, *grads[0].stride(), *bases[0].stride(),
-            G_DTYPE=DTYPES[grads[0].dtype], Q_DTYPE=DTYPES[bases[0].dtype], INTERPRETED=INTERPRETED,
+        _project_kernel[triton.cdiv(long, block_l), 1 if is_range else triton.cdiv(rank, block_r), len(grads)](
+            _table(grads, bases), R, norms, long, short, rank, *grads[0].stride(), *strides,
+            G_DTYPE=DTYPES[grads[0].dtype], Q_DTYPE=q_dtype, IS_RANGE=is_range, INTERPRETED=INTERPRETED,
             BLOCK_L=block_l, BLOCK_S=32, BLOCK_R=block_r,
             num_warps=4 if is_half and block_r <= 64 else 8, num_stages=2,
         )  # fmt: skip
@@ -245,11 +273,12 @@ def direction(
     eps: float,
     active: Tensor,
     seeds: Sequence[Sequence[int]] | None = None,
-    total: F.Total = F.total_norms,
+    add: F.Add = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `functional.direction`, which makes Adafactor's, with means over both sides. One pass over R and moments."""
-    if base_optimizer == "adafactor":
-        return F.direction(base_optimizer, R, list(map(list, stored)), betas, eps, active, seeds, total)
+    """See `functional.direction`, which makes those that see more than one element at a time. One pass over R and
+    moments."""
+    if base_optimizer in ("adafactor", "muon"):
+        return F.direction(base_optimizer, R, list(map(list, stored)), betas, eps, active, seeds, add)
     count, long, rank = R.shape
     M, V = stored[0], stored[-1]  # Lion has one, and reads no other
     N = torch.empty_like(R)
@@ -275,7 +304,7 @@ def apply_updates(
     a: Tensor,
     k: float,
     B: Tensor,
-    bases: Sequence[Tensor],
+    bases: Sequence[F.Basis],
     decay: float,
     active: Tensor,
     seeds: Sequence[int] | None = None,
@@ -287,11 +316,12 @@ def apply_updates(
         return
     N, B = N.contiguous(), B.contiguous()
     block_s = 64 if weights[0].dtype != torch.float32 else 128
+    *strides, q_dtype, is_range = _about(bases[0])
     _update_kernel[triton.cdiv(short, block_s), triton.cdiv(long, 64), count](
         _table(weights, grads, bases, seeds or [0] * count), N, N if R is None else R, a, B, active,
-        long, short, rank, k, decay, *weights[0].stride(), *grads[0].stride(), *bases[0].stride(),
-        W_DTYPE=DTYPES[weights[0].dtype], G_DTYPE=DTYPES[grads[0].dtype], Q_DTYPE=DTYPES[bases[0].dtype],
-        HAS_R=R is not None, AT_RANDOM=seeds is not None, INTERPRETED=INTERPRETED,
+        long, short, rank, k, decay, *weights[0].stride(), *grads[0].stride(), *strides,
+        W_DTYPE=DTYPES[weights[0].dtype], G_DTYPE=DTYPES[grads[0].dtype], Q_DTYPE=q_dtype,
+        HAS_R=R is not None, IS_RANGE=is_range, AT_RANDOM=seeds is not None, INTERPRETED=INTERPRETED,
         BLOCK_L=64, BLOCK_S=block_s, BLOCK_R=32, num_warps=8, num_stages=2,
     )  # fmt: skip
 

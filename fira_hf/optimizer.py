@@ -230,17 +230,18 @@ class FiraAdamW(torch.optim.Optimizer):
     def _step_projected(self, matrices: list[Matrix], group: dict[str, Any]) -> None:
         """One step of matrices of one shape and dtype; what is low-rank is stacked along a first dimension."""
         shards = matrices[0].shards
-        total = shards.total if shards else F.total_norms
+        add = shards.add if shards else None
         ops = operations(matrices[0].parameter)
         grads = [matrix.tall(matrix.grad) for matrix in matrices]
-        bases = [matrix["basis"] for matrix in matrices]
+        bases = [matrix.basis(group) for matrix in matrices]
+        long, short = max(matrices[0].shape), min(matrices[0].shape)
         if shards:
-            bases = [shards.own_columns(Q) for Q in bases]
+            bases = [shards.own_columns(Q, short) for Q in bases]
         R, G_norms = ops.project(grads, bases)
         if shards:
             R, G_norms = shards.collect(R, G_norms)
 
-        active: Tensor | None = F.are_usable(G_norms, total)
+        active: Tensor | None = F.are_usable(G_norms, add)
         assert active is not None
         if matrices[0].parameter.device.type == "cpu":
             # Here a look at the gradients costs nothing. Elsewhere the device decides by itself.
@@ -257,8 +258,9 @@ class FiraAdamW(torch.optim.Optimizer):
         torch._foreach_add_(steps, 1.0 if active is None else list(active.float()))
         counts = torch.stack(steps).view(-1, 1, 1)
         base = group["base_optimizer"]
-        is_corrected = group["correct_bias"] and base != "lion"
-        eta = F.step_size(group["lr"], group["betas"], counts if is_corrected else torch.inf * counts)
+        is_corrected = group["correct_bias"] and base in ("adamw", "adafactor")
+        lr = group["lr"] * F.muon_scale(long, R.shape[2]) if base == "muon" else group["lr"]
+        eta = F.step_size(lr, group["betas"], counts if is_corrected else torch.inf * counts)
         if active is not None:
             mask = active.view(-1, 1, 1)
             G_norms, eta = (torch.where(mask, x, 0.0) for x in (G_norms, eta))
@@ -266,13 +268,13 @@ class FiraAdamW(torch.optim.Optimizer):
         seeds = None
         if rounds_state(group):
             seeds = [[matrix.rounding_seed(OF_MOMENTS + i) for matrix in matrices] for i in range(len(moments))]
-        N, R_norms, N_norms = ops.direction(base, R, moments, group["betas"], group["eps"], active, seeds, total)
+        N, R_norms, N_norms = ops.direction(base, R, moments, group["betas"], group["eps"], active, seeds, add)
 
         # (s, k) of `functional`: how alpha enters the residual.
         alpha = group["alpha"]
         s, k = {"reference": (1.0, alpha), "paper": (alpha, 1.0), "none": (0.0, 1.0)}[group["residual"]]
-        phi = F.residual_scale(N_norms, R_norms, group["scaling"], total)
-        norm = F.residual_norm(phi, G_norms, R_norms, k, total)
+        phi = F.residual_scale(N_norms, R_norms, group["scaling"], add)
+        norm = F.residual_norm(phi, G_norms, R_norms, k, add)
         histories = [matrix["residual_norm"] for matrix in matrices]
         previous = torch.stack(histories).view(-1, 1, 1)
         c, limited_norm = F.limit(norm, previous, group["gamma"], group["limiter"])
@@ -283,7 +285,7 @@ class FiraAdamW(torch.optim.Optimizer):
         B, a = phi * (s * c * eta), alpha * eta
         low_rank: tuple[Tensor, Tensor | None] = (N, R)
         if shards:
-            A, B = shards.spread(N.mul_(a).addcmul_(B, R, value=-k), B, max(matrices[0].shape))
+            A, B = shards.spread(N.mul_(a).addcmul_(B, R, value=-k), B, long)
             low_rank, a = (A, None), torch.ones_like(eta)
         is_rounded = rounds_weight(matrices[0].parameter, group)
         ops.apply_updates(
@@ -299,7 +301,7 @@ class FiraAdamW(torch.optim.Optimizer):
             [matrix.rounding_seed() for matrix in matrices] if is_rounded else None,
         )
         if self.track_statistics:
-            whole = total(torch.stack([G_norms, R_norms, alpha * N_norms]))
+            whole = F.total_norms(torch.stack([G_norms, R_norms, alpha * N_norms]), add)
             self._add_statistics(whole[0], whole[1], whole[2], s * c * norm, c, active)
 
     def _step_dense(self, parameters: list[Any], group: dict[str, Any], first: dict[Any, dict[str, Any]]) -> None:

@@ -28,6 +28,16 @@ def refresh(
     reads the device to decompose.)
     `first_states`: of the parameters that have none. `process_group`: replicas that share the work.
     """
+    if group["projection"] == "columns":
+        # A choice of columns needs no gradient: on every device the next one's turn comes by calls.
+        begun = [matrix for matrix in matrices if matrix.begun]
+        for matrix in begun:
+            is_due = (matrix.phase(group) - matrix.state["calls"]) % group["update_proj_gap"] == 0
+            if is_due and group["rank"] < min(matrix.shape):
+                matrix.forget(group)
+        for matrix in _due([matrix for matrix in matrices if not matrix.begun], group, first_states):
+            matrix.begin(None, group)
+        return
     if matrices and matrices[0].parameter.device.type != "cpu" and group["projection"] != "svd":
         begun = [matrix for matrix in matrices if matrix.begun]
         gap = group["update_proj_gap"]
@@ -75,7 +85,7 @@ def _due(
     norms = torch.stack([part.to(parts[0].device) for part in parts]).view(-1, 1, 1)
     for shards in {matrix.shards: None for matrix in matrices if matrix.shards is not None}:
         chosen = [i for i, matrix in enumerate(matrices) if matrix.shards == shards]
-        norms[chosen] = shards.total(norms[chosen])
+        norms[chosen] = F.total_norms(norms[chosen], shards.add)
     usable = F.are_usable(norms).tolist()
     gap, due = group["update_proj_gap"], {}
     for matrix, ok in zip(matrices, usable, strict=True):

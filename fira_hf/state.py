@@ -77,7 +77,8 @@ def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> State:
         columns = r if has_columns else 1
         part = torch.zeros(*own, rows.stop - rows.start if has_rows else 1, columns, dtype=dtype, device=device)
         state[name] = sharded_like(p, part, (*stack, long, columns)) if has_rows else like_p(part)
-    state["basis"] = like_p(torch.zeros(*own, r, short, dtype=dtype, device=device).mT)
+    if group["projection"] != "columns":
+        state["basis"] = like_p(torch.zeros(*own, r, short, dtype=dtype, device=device).mT)
     state["step"] = like_p(torch.zeros(own, device=device))
     state["residual_norm"] = like_p(torch.full(own, torch.inf, device=device))
     return state
@@ -90,13 +91,14 @@ def loaded_state(p: Any, saved: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, Tensor):
             value = F.column_major(value.to(device)) if name == "basis" else value.to(device, copy=True).contiguous()
         state[name] = value
-    if "basis" in state:
+    if "residual_norm" in state:
         state.refresh_in = _refresh_in(p, saved["step"])
     return state
 
 
 def _refresh_in(p: Tensor, step: Tensor) -> Any:
-    """`refresh_in` of a loaded state: the next call looks whether a basis is due. Who has a basis has made a step."""
+    """`refresh_in` of a loaded state: the next call looks whether a basis is due. Who has a basis has made a step.
+    (Columns, for which steps are counted anew in every block, may begin once more.)"""
     begun = [0 if count else None for count in local(step).flatten().tolist()]
     if step.ndim == 0:
         return begun[0]
@@ -107,7 +109,7 @@ def _refresh_in(p: Tensor, step: Tensor) -> Any:
 
 @functools.cache
 def _shapes(
-    shape: torch.Size, rank: int | None, split: int, transposed: bool, base: str
+    shape: torch.Size, rank: int | None, split: int, transposed: bool, base: str, has_basis: bool
 ) -> dict[str, tuple[int, ...]]:
     """The tensors in the state of a weight of this shape -> their shapes; `rank` is None where it is not projected."""
     if rank is None:
@@ -116,7 +118,8 @@ def _shapes(
     stack, (long, short) = F.stacked(weight, split), F.long_and_short(weight, split, transposed)
     r = min(rank, short)
     moments = {k: (*stack, long if rows else 1, r if cols else 1) for k, (rows, cols) in F.MOMENTS[base].items()}
-    return {**moments, "basis": (*stack, short, r), "residual_norm": stack, "step": stack}
+    basis = {"basis": (*stack, short, r)} if has_basis else {}
+    return {**moments, **basis, "residual_norm": stack, "step": stack}
 
 
 def misfit(p: Any) -> str | None:
@@ -150,9 +153,10 @@ def state_misfit(p: Any, state: Mapping[str, Any], group: Mapping[str, Any], els
             )
         if not isinstance(state.get("phase", 0), int):
             return "has an optimizer state as earlier versions saved it (phase is a list)"
-        shapes = _shapes(p.shape, group["rank"], group["split"], group["transposed"], group["base_optimizer"])
+        settings = (group[name] for name in ("rank", "split", "transposed", "base_optimizer"))
+        shapes = _shapes(p.shape, *settings, group["projection"] != "columns")
     else:
-        shapes = _shapes(p.shape, None, 1, False, "adamw")
+        shapes = _shapes(p.shape, None, 1, False, "adamw", False)
     device = local(p.data).device
     for name, shape in shapes.items():
         value = state.get(name)
@@ -208,19 +212,37 @@ class Matrix:
         (count,) = F.stacked(self.parameter, group["split"])
         return first + group["update_proj_gap"] * self.place // count
 
+    def basis(self, group: dict[str, Any]) -> F.Basis:
+        """The basis (short, r), or the columns of the short side that are the subspace now."""
+        if group["projection"] != "columns":
+            Q: Tensor = self["basis"]
+            return Q
+        short = min(self.shape)
+        rank = min(group["rank"], short)
+        changes = 1 + (self.state["calls"] - self.phase(group)) // group["update_proj_gap"]
+        order = _order(-(-short // rank), seed_of(self.state, self.place))
+        first = min(rank * order[changes % len(order)], short - rank)  # the last block overlaps the one before
+        return range(first, first + rank)
+
     @property
     def begun(self) -> bool:
         """Whether it has a basis."""
         return self.refresh_in is not None
 
-    def begin(self, Q: Tensor, group: dict[str, Any]) -> None:
-        """Takes the first basis (short, r)."""
-        if "basis" not in self.state:
+    def begin(self, Q: Tensor | None, group: dict[str, Any]) -> None:
+        """Takes the first basis (short, r); None where the subspace is a choice of columns."""
+        if "residual_norm" not in self.state:
             new = create_state(self.parameter, group, self.state)
             self.state.update(new)
             self.state.refresh_in = new.refresh_in
         self.refresh_in = 0
-        self["basis"].copy_(Q)
+        if Q is not None:
+            self["basis"].copy_(Q)
+
+    def forget(self, group: dict[str, Any]) -> None:
+        """Sets the moments to zero, and the count of updates by which their bias is corrected."""
+        for name in (*F.MOMENTS[group["base_optimizer"]], "step"):
+            self[name].zero_()
 
     def rounding_seed(self, use: int = 0) -> int:
         """The seed of one rounding in this step; `use` tells apart what is rounded within it."""
@@ -241,6 +263,13 @@ class Matrix:
             self.state.refresh_in[self.place] = value
         else:
             self.state.refresh_in = value
+
+
+@functools.cache
+def _order(blocks: int, seed: int) -> list[int]:
+    """The order in which blocks of columns take turns."""
+    order: list[int] = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
 
 
 def matrices_of(p: Any, states: Mapping[Any, dict[str, Any]], group: dict[str, Any]) -> list[Matrix]:

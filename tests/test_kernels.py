@@ -22,6 +22,8 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed; on this platform it may have no wheel"
 )
 SHAPES = [(70, 40), (40, 70)]
+SETTINGS = [{}, {"base_optimizer": "lion"}, {"base_optimizer": "adafactor"}, {"projection": "columns"}]
+SETTINGS += [{"base_optimizer": "muon"}, {"projection": "columns", "base_optimizer": "muon"}]
 
 
 @pytest.fixture
@@ -73,12 +75,16 @@ for capability in (80, 90):
         half = dtype == tl.bfloat16
         of_project = {"BLOCK_L": 64 if half else 32, "BLOCK_S": 32, "BLOCK_R": 128}
         of_update = {"BLOCK_L": 64, "BLOCK_S": 64 if half else 128, "BLOCK_R": 32, "HAS_R": True, "AT_RANDOM": half}
-        both = {"G_DTYPE": dtype, "Q_DTYPE": tl.float32}
+        both = {"G_DTYPE": dtype, "Q_DTYPE": tl.float32, "IS_RANGE": False}
+        ranges = both | {"IS_RANGE": True}
+        of_ranges = {"BLOCK_L": 64, "BLOCK_S": 32, "BLOCK_R": 16}
         state = {"AT_RANDOM": half, "LION": False, "BLOCK_L": 16, "BLOCK_R": 128}
         dense = {"W_DTYPE": tl.bfloat16, "M_DTYPE": dtype, "ROUNDS_W": True, "ROUNDS_M": half, "BLOCK": 1024}
         for found in (
             compiled(kernels._project_kernel, capability, 8, **both, **of_project),
             compiled(kernels._update_kernel, capability, 8, W_DTYPE=dtype, **both, **of_update),
+            compiled(kernels._project_kernel, capability, 4 if half else 8, **ranges, **of_ranges),
+            compiled(kernels._update_kernel, capability, 8, W_DTYPE=dtype, **ranges, **of_update),
             compiled(kernels._direction_kernel, capability, 4, DTYPE=dtype, **state),
             compiled(kernels._adamw_kernel, capability, 4, G_DTYPE=tl.bfloat16, **dense),
         ):
@@ -128,7 +134,7 @@ def pretended(p):
     return Pretended(p.detach().clone())
 
 
-@pytest.mark.parametrize("settings", [{}, {"base_optimizer": "lion"}, {"base_optimizer": "adafactor"}], ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_steps_are_those_of_the_torch_code(shape, settings, monkeypatch, kernels):
     """Over several refreshes, by the torch code for accelerators and by the kernels."""

@@ -112,6 +112,11 @@ class Inputs:
             functional.column_major(torch.linalg.qr(self.random(short, rank)).Q).to(self.case.state) for _ in "123"
         ]
 
+    def ranges(self) -> list[Any]:
+        """Of neighbouring columns, the first and the last of which lie partly outside, as in a sharded weight."""
+        short, rank = self.case.shape[1], self.case.rank
+        return [range(first, first + rank) for first in (-(rank // 2), 0, short - (rank + 1) // 2)]
+
     def low_rank(self, rows: int) -> Tensor:
         return self.random(COUNT, rows, self.case.rank)
 
@@ -147,16 +152,24 @@ def roundoff(dtype: torch.dtype, at_random: bool = False) -> float:
     return torch.finfo(dtype).eps * (1.0 if at_random else 0.5)
 
 
+def as_matrix(Q: Any, short: int, device: str) -> Tensor:
+    """The basis in fp64; of a range of columns, what picks them."""
+    if isinstance(Q, Tensor):
+        return Q.double()
+    place = torch.arange(short, device=device).view(-1, 1)
+    return (place == torch.arange(Q.start, Q.stop, device=device)).double()
+
+
 def on() -> list[int]:
     return [i for i in range(COUNT) if i != OFF]
 
 
-def check_project(ops: Any, case: Case, device: str) -> Errors:
+def check_project(of_ranges: bool, ops: Any, case: Case, device: str) -> Errors:
     inputs, found = Inputs(case, device), Errors()
-    grads, bases = inputs.gradients(), inputs.bases()
+    grads, bases = inputs.gradients(), inputs.ranges() if of_ranges else inputs.bases()
     R, norms = ops.project(grads, bases)
     for i in on():
-        G, Q = grads[i].double(), bases[i].double()
+        G, Q = grads[i].double(), as_matrix(bases[i], case.shape[1], device)
         found.add("R", R[i], G @ Q, PRODUCT[case.dtype] * (G.abs() @ Q.abs()))
         exact = G.norm(dim=1, keepdim=True)
         found.add("row norms", norms[i], exact, NORM * exact)
@@ -207,9 +220,10 @@ def check_direction(base: str, ops: Any, case: Case, device: str) -> Errors:
     return found
 
 
-def check_apply_updates(has_R: bool, ops: Any, case: Case, device: str) -> Errors:
+def check_apply_updates(has_R: bool, of_ranges: bool, ops: Any, case: Case, device: str) -> Errors:
     inputs, found = Inputs(case, device), Errors()
-    weights, grads, bases = inputs.matrices(0.02), inputs.gradients(), inputs.bases()
+    weights, grads = inputs.matrices(0.02), inputs.gradients()
+    bases = inputs.ranges() if of_ranges else inputs.bases()
     before = [W.clone() for W in weights]
     N, R = inputs.low_rank(case.shape[0]), 0.1 * inputs.low_rank(case.shape[0]) if has_R else None
     a = 0.01 * torch.arange(1.0, COUNT + 1, device=device).view(COUNT, 1, 1)
@@ -220,7 +234,8 @@ def check_apply_updates(has_R: bool, ops: Any, case: Case, device: str) -> Error
     u, p = roundoff(case.dtype, at_random), OF_UPDATE[case.dtype]
     ops.apply_updates(weights, grads, N.clone(), R, a, k, B, bases, decay, inputs.active, seeds)
     for i in on():
-        W, G, Q, b = before[i].double(), grads[i].double(), bases[i].double(), B[i].double()
+        W, G, b = before[i].double(), grads[i].double(), B[i].double()
+        Q = as_matrix(bases[i], case.shape[1], device)
         A, parts = a[i].double() * N[i].double(), (a[i] * N[i]).double().abs()
         if R is not None:
             A, parts = A - k * b * R[i].double(), parts + k * b * R[i].double().abs()
@@ -296,14 +311,17 @@ def check_rounding(ops: Any, case: Case, device: str) -> Errors:
 
 
 CHECKS: dict[str, tuple[str, Callable[[Any, Case, str], Errors]]] = {  # check -> the function, and how
-    "project": ("project", check_project),
+    "project": ("project", functools.partial(check_project, False)),
+    "project, columns": ("project", functools.partial(check_project, True)),
     "direction, adamw": ("direction", functools.partial(check_direction, "adamw")),
     "direction, lion": ("direction", functools.partial(check_direction, "lion")),
     "rounding at random": ("apply_updates", check_rounding),
     "transposed_products": ("transposed_products", check_transposed_products),
     "dense_adamw": ("dense_adamw", check_dense_adamw),
-    "apply_updates": ("apply_updates", functools.partial(check_apply_updates, True)),
-    "apply_updates, without R": ("apply_updates", functools.partial(check_apply_updates, False)),
+    "apply_updates": ("apply_updates", functools.partial(check_apply_updates, True, False)),
+    "apply_updates, without R": ("apply_updates", functools.partial(check_apply_updates, False, False)),
+    "apply_updates, columns": ("apply_updates", functools.partial(check_apply_updates, True, True)),
+    "apply_updates, columns, without R": ("apply_updates", functools.partial(check_apply_updates, False, True)),
 }
 
 
