@@ -62,6 +62,10 @@ def check_matrix(p: Tensor, group: Mapping[str, Any]) -> None:
             f"base_optimizer={group['base_optimizer']!r} does not keep AdamW's moments, from which scaling factors "
             "are computed: analyse with base_optimizer='adamw'."
         )
+    if group.get("projection") == "columns":
+        raise ValueError(
+            "projection='columns' keeps no basis, from which scaling factors are computed: analyse with another one."
+        )
 
 
 @torch.no_grad()

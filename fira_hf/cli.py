@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         one.add_argument("--state_dtype", default=FiraConfig.state_dtype, help="of Fira (default: %(default)s)")
         one.add_argument("--base_optimizer", default=FiraConfig.base_optimizer, help="of Fira (default: %(default)s)")
+        one.add_argument("--projection", default=FiraConfig.projection, help="of Fira (default: %(default)s)")
     memory.add_argument(
         "--method", default=",".join(METHODS), help=f"one or more, with commas between (default: {','.join(METHODS)})"
     )
@@ -86,6 +87,7 @@ def memory(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
         dtype=options.dtype,
         state_dtype=options.state_dtype,
         base_optimizer=options.base_optimizer,
+        projection=options.projection,
         batch_size=options.batch_size,
         sequence_length=options.sequence_length,
         gradient_checkpointing=options.gradient_checkpointing,
@@ -96,7 +98,7 @@ def memory(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
 
 
 def inspect(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
-    names = ("rank", "target_modules", "state_dtype", "base_optimizer")
+    names = ("rank", "target_modules", "state_dtype", "base_optimizer", "projection")
     config = FiraConfig(**{name: getattr(options, name) for name in names})
     model = build_on_meta(model_config, "float32")
     lines = [summarize(model, find_targets(model, config))]
@@ -112,10 +114,11 @@ def describe_checkpoint(folder: Path) -> str:
         raise ValueError(f"--checkpoint {folder}: there is no optimizer.pt; give a checkpoint-N of the Trainer.")
     states = torch.load(path, map_location="cpu", weights_only=True)["state"].values()
     held = sum(tensor.nbytes for state in states for tensor in state.values() if isinstance(tensor, Tensor))
-    ranks = sorted({state["basis"].shape[-1] for state in states if "basis" in state})
-    if not ranks:
+    projected = [state for state in states if "residual_norm" in state]
+    if not projected:
         raise ValueError(f"--checkpoint {folder}: optimizer.pt holds no state of Fira.")
-    steps = int(max(state["step"].max() for state in states if "basis" in state))
+    ranks = sorted({state["exp_avg"].shape[-1] for state in projected})
+    steps = 1 + max(state["calls"] for state in projected)
     return f"{path}: {held:,} bytes of state, rank {', '.join(map(str, ranks))}, after {steps} steps."
 
 

@@ -180,8 +180,15 @@ def normalised(name: str, value: Any) -> Any:
     return kept
 
 
-def check_update(alpha: float, residual: str, limiter: str, gamma: float | None) -> None:
+def check_update(
+    alpha: float, residual: str, limiter: str, gamma: float | None, projection: str, moments: str
+) -> None:
     """Raises ValueError, naming the settings, where valid ones contradict each other."""
+    if projection == "columns" and moments == "aligned":
+        raise ValueError(
+            "moments='aligned' turns a basis, and projection='columns' has none: set moments='rotated', by which "
+            "moments begin anew in other columns, or 'kept'."
+        )
     if alpha == 0 and residual != "reference":
         raise ValueError(
             f"alpha=0 with residual={residual!r} would update nothing: set an alpha above 0, or residual='reference', "
@@ -229,14 +236,19 @@ class FiraConfig:
             equal, and not in turns, is not seen from the shape.
         projection: how a basis is found. "power": one step of block power iteration from the previous basis; "svd":
             the leading right singular vectors of the gradient, as published, as good and far more expensive;
-            "random": a random subspace, whatever the gradient.
+            "random": a random subspace, whatever the gradient; "columns": `rank` neighbouring columns of the shorter
+            side, which is a view and needs no basis. At each refresh (on every device counted in calls of `step()`)
+            others take their turn, in an order drawn from the seed.
         refresh: "staggered": spread over the interval, so that no update takes much longer than another; "together":
             every basis at each `update_proj_gap`-th update, as published.
         moments: what becomes of them when the basis changes. "rotated": carried into the new basis; "kept": stay as
-            they are, as published; "aligned": the new basis is turned to lie closest to the old one.
+            they are, as published; "aligned": the new basis is turned to lie closest to the old one. Columns have
+            nothing in common with others: "rotated", their moments begin anew, and with them the bias correction.
         base_optimizer: what makes the low-rank update N of R and its moments. "adamw"; "lion" (arXiv 2302.06675): the
             sign of beta1 M + (1 - beta1) R, where M decays by beta2, without bias correction and eps; "adafactor":
-            AdamW with the second moment of Adafactor (arXiv 1804.04235), which keeps its means over rows and columns.
+            AdamW with the second moment of Adafactor (arXiv 1804.04235), which keeps its means over rows and columns;
+            "muon" (arXiv 2502.16982): the first moment (beta1, Nesterov), singular values brought near 1, scaled
+            so that AdamW's learning rates serve; beta2, eps and `correct_bias` have no part in it.
             Weights that are not projected are trained by AdamW whatever this is, with the same betas.
         scaling: the scale of the residual: one per row of the long side ("column", the paper's default), one per
             matrix ("matrix"), or 1 ("none").
@@ -296,7 +308,7 @@ class FiraConfig:
         for name in self.__dataclass_fields__:
             setattr(self, name, normalised(name, getattr(self, name)))
         self.betas = (self.betas[0], self.betas[1])
-        check_update(self.alpha, self.residual, self.limiter, self.gamma)
+        check_update(self.alpha, self.residual, self.limiter, self.gamma, self.projection, self.moments)
         if not self.target_modules and self.target_parameters is None:
             raise ValueError(
                 f"target_modules={self.target_modules!r} chooses nothing: name modules, or parameters in "

@@ -52,7 +52,8 @@ def estimate_memory(
     the dtype of its weights, and with gradient checkpointing if that is switched on.
 
     Args:
-        config: what is projected, at which rank; of `state_dtype` and `base_optimizer` only Fira makes use.
+        config: what is projected, at which rank; of `state_dtype`, `base_optimizer` and `projection` only
+            Fira makes use.
         optimizer: "adamw" (torch's), "fira", "fira_layerwise", "galore" (galore_torch), "apollo" (apollo_torch) or
             "flora" (flora_opt, with momentum); by default Fira, or AdamW where there is no config.
         accumulates: gradients of earlier micro-batches are there during forward and backward.
@@ -182,6 +183,7 @@ def predict_memory(
     dtype: str = "bfloat16",
     state_dtype: str = "float32",
     base_optimizer: str = "adamw",
+    projection: str = "power",
     batch_size: int | None = None,
     sequence_length: int | None = None,
     gradient_checkpointing: bool = False,
@@ -189,8 +191,8 @@ def predict_memory(
     """Method, of `METHODS` -> `estimate_memory` of a causal language model of this configuration.
 
     Args:
-        rank, target_modules, state_dtype, base_optimizer: as in `FiraConfig`. LoRA wraps the same targets, and Fira on
-            LoRA projects all of LoRA's matrices.
+        rank, target_modules, state_dtype, base_optimizer, projection: as in `FiraConfig`. LoRA wraps the same targets,
+            and Fira on LoRA projects all of LoRA's matrices.
         lora_rank: of A and B; by default `rank`.
         dtype: of the weights.
 
@@ -198,7 +200,13 @@ def predict_memory(
         ValueError: as `estimate_memory`; there is no such method, or the model is no causal language model.
     """
     _check_batch(batch_size, sequence_length)
-    config = FiraConfig(rank, target_modules=target_modules, state_dtype=state_dtype, base_optimizer=base_optimizer)
+    config = FiraConfig(
+        rank,
+        target_modules=target_modules,
+        state_dtype=state_dtype,
+        base_optimizer=base_optimizer,
+        projection=projection,
+    )
     on_lora = replace(config, target_modules=ALL_LINEAR)
     lora_rank = rank if lora_rank is None else lora_rank
     if lora_rank < 1:

@@ -192,8 +192,10 @@ class FiraAdamW(torch.optim.Optimizer):
         if is_rehearsal:
             return
         for p in parameters:
-            if self.state.get(p):
-                self.state[p]["calls"] += 1
+            state: Any = self.state.get(p)
+            # That of a sharded weight is there before it has begun.
+            if state and ("rank" not in group or state.begun):
+                state["calls"] += 1
         # Under autocast the products would be taken in half precision.
         with torch.autocast(parameters[0].device.type, enabled=False):
             if "rank" in group:

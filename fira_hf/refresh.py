@@ -33,8 +33,8 @@ def refresh(
         begun = [matrix for matrix in matrices if matrix.begun]
         for matrix in begun:
             is_due = (matrix.phase(group) - matrix.state["calls"]) % group["update_proj_gap"] == 0
-            if is_due and group["rank"] < min(matrix.shape):
-                matrix.forget(group)
+            if is_due and group["moments"] == "rotated" and group["rank"] < min(matrix.shape):
+                matrix.forget(group)  # the old columns have no part in the new ones
         for matrix in _due([matrix for matrix in matrices if not matrix.begun], group, first_states):
             matrix.begin(None, group)
         return

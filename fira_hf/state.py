@@ -34,6 +34,12 @@ class State(dict[str, Any]):
 
     refresh_in: Any = None
 
+    @property
+    def begun(self) -> bool:
+        """Whether a matrix of it has a basis."""
+        places = self.refresh_in if isinstance(self.refresh_in, list) else [self.refresh_in]
+        return any(place is not None for place in places)
+
 
 def first_states(param_groups: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
     """Parameter -> the plain numbers that its state begins with, from its place among all parameters.
@@ -92,14 +98,15 @@ def loaded_state(p: Any, saved: dict[str, Any]) -> dict[str, Any]:
             value = F.column_major(value.to(device)) if name == "basis" else value.to(device, copy=True).contiguous()
         state[name] = value
     if "residual_norm" in state:
-        state.refresh_in = _refresh_in(p, saved["step"])
+        state.refresh_in = _refresh_in(p, saved)
     return state
 
 
-def _refresh_in(p: Tensor, step: Tensor) -> Any:
-    """`refresh_in` of a loaded state: the next call looks whether a basis is due. Who has a basis has made a step.
-    (Columns, for which steps are counted anew in every block, may begin once more.)"""
-    begun = [0 if count else None for count in local(step).flatten().tolist()]
+def _refresh_in(p: Tensor, saved: dict[str, Any]) -> Any:
+    """`refresh_in` of a loaded state: the next call looks whether a basis is due. Who has a basis has made a step;
+    columns count steps anew in every block, and need no more than that there was a call."""
+    step, has_begun = saved["step"], "basis" not in saved and saved["calls"] > 0
+    begun = [0 if count or has_begun else None for count in local(step).flatten().tolist()]
     if step.ndim == 0:
         return begun[0]
     split = len(step) // len(p) if p.ndim == 3 else len(step)

@@ -43,6 +43,7 @@ class Target:
     alpha: float
     state_itemsize: int = FP32
     base_optimizer: str = "adamw"
+    projection: str = "power"
     split: int = 1
     transposed: bool = False
 
@@ -60,11 +61,12 @@ class Target:
 
     @property
     def state_bytes(self) -> int:
-        """For each matrix basis and moments, and the fp32 scalars `step` and `residual_norm`."""
+        """For each matrix basis (but for "columns") and moments, and the fp32 scalars `step` and `residual_norm`."""
         long, short = self._long_and_short
         of_moments = MOMENTS[self.base_optimizer].values()
         moments = sum((long if rows else 1) * (self.rank if columns else 1) for rows, columns in of_moments)
-        return self.matrices * (self.state_itemsize * (short * self.rank + moments) + 2 * FP32)
+        basis = 0 if self.projection == "columns" else short * self.rank
+        return self.matrices * (self.state_itemsize * (basis + moments) + 2 * FP32)
 
 
 @dataclass(eq=False)
@@ -274,7 +276,7 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
         raise _none_left(config, layers, reasons)
 
     itemsize = getattr(torch, config.state_dtype).itemsize
-    of_state = {"state_itemsize": itemsize, "base_optimizer": config.base_optimizer}
+    of_state = {"state_itemsize": itemsize, "base_optimizer": config.base_optimizer, "projection": config.projection}
     plan = TargetPlan([], [])
     kinds = {layer.weight: layer.kind for layer in everything}
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}

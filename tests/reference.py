@@ -57,6 +57,10 @@ def fira_step(
         N = moving("exp_avg", betas[0], R).sign()
         moments = {"exp_avg": moving("exp_avg", betas[1], R)}
         correct_bias = False
+    elif base_optimizer == "muon":
+        moments = {"exp_avg": moving("exp_avg", betas[0], R)}
+        N = newton_schulz(betas[0] * moments["exp_avg"] + (1 - betas[0]) * R)
+        correct_bias = False
     elif base_optimizer == "adafactor":
         moments = {
             "exp_avg": moving("exp_avg", betas[0], R),
@@ -92,7 +96,7 @@ def fira_step(
     residual_norm = torch.tensor(math.inf, dtype=dtype) if negligible else S.norm()
 
     applied = {"reference": 1.0, "paper": alpha, "none": 0.0}[residual] * S
-    eta = lr
+    eta = lr * 0.2 * math.sqrt(len(R)) if base_optimizer == "muon" else lr
     if correct_bias:
         eta = lr * math.sqrt(1 - betas[1] ** (step + 1)) / (1 - betas[0] ** (step + 1))
     W = W - eta * (alpha * N @ Q.T + applied)
@@ -111,6 +115,15 @@ def fira_step(
         "residual_share": float(residue / (direction + residue)),
     }
     return (W.T if wide else W), new_state, statistics
+
+
+def newton_schulz(X):
+    """Muon's iteration, on the matrix itself."""
+    X = X / X.norm()
+    for _ in range(5):
+        A = X.T @ X
+        X = 3.4445 * X + X @ (-4.7750 * A + 2.0315 * A @ A)
+    return X
 
 
 def gradients(shape, steps, seed=0, decay=0.85, noise=0.05):

@@ -17,6 +17,7 @@ SHAPES = [(40, 24), (24, 40)]
 DEVICES = ["pretended", "cuda"] if torch.cuda.is_available() else ["pretended"]
 SETTINGS = [{}, {"scaling": "matrix"}, {"scaling": "none"}, {"gamma": None}, {"residual": "paper"}]
 SETTINGS += [{"base_optimizer": "lion"}, {"base_optimizer": "adafactor"}]
+SETTINGS += [{"base_optimizer": "muon", "projection": "columns", "moments": "rotated"}]
 
 
 class Pretended(torch.nn.Parameter):
@@ -111,7 +112,7 @@ def test_ordinary_step_of_dense_groups_does_not_read():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("base", ["adamw", "lion", "adafactor"])
+@pytest.mark.parametrize("base", ["adamw", "lion", "adafactor", "muon"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_same_path_as_on_the_cpu(shape, base, device):
     plain = weight(shape)

@@ -17,6 +17,7 @@ KINDS = {
     "projected": ({"rank": 4}, SHAPE),
     "lion": ({"rank": 4, "base_optimizer": "lion"}, SHAPE),
     "adafactor": ({"rank": 4, "base_optimizer": "adafactor"}, SHAPE),
+    "columns": ({"rank": 4, "projection": "columns", "base_optimizer": "muon"}, SHAPE),
     "stack": ({"rank": 4}, (3, *SHAPE)),
     "parts": ({"rank": 4, "split": 2}, SHAPE),
 }

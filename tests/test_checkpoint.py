@@ -189,7 +189,7 @@ def test_hooks_of_one_call_do_not_stay():
 
 
 @pytest.mark.parametrize("wrap", ["plain", "compiled", "compiled inside"])
-@pytest.mark.parametrize("base_optimizer", ["adamw", "lion", "adafactor"])
+@pytest.mark.parametrize("base_optimizer", ["adamw", "lion", "adafactor", "muon"])
 @pytest.mark.parametrize("cpu_offload", [True, False])
 @pytest.mark.parametrize("flatten", [True, False])  # flattened and full at once torch cannot load, of AdamW either
 def test_every_state_goes_through_the_forms_of_torch_distributed(flatten, cpu_offload, base_optimizer, wrap):

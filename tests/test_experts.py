@@ -27,6 +27,8 @@ SETTINGS = {
     "staggered": {"projection": "power", "refresh": "staggered", "moments": "aligned"},
     "lion": {"projection": "power", "moments": "rotated", "base_optimizer": "lion"},
     "adafactor": {"projection": "power", "moments": "rotated", "base_optimizer": "adafactor"},
+    "muon": {"projection": "power", "moments": "rotated", "base_optimizer": "muon"},
+    "columns": {"projection": "columns", "moments": "rotated"},
     "random": {"projection": "random", "scaling": "matrix", "residual": "paper"},
     "bf16 state": {"state_dtype": "bfloat16"},
     "rounded at random": {"stochastic_rounding": True},
@@ -252,7 +254,7 @@ def test_the_parts_of_a_fused_matrix_train_as_separate_layers(shape, transposed,
     else:
         assert torch.equal(fused, whole)
     assert not torch.equal(whole, weight(shape))
-    assert together.state[fused]["basis"].shape[0] == 3
+    assert together.state[fused]["exp_avg"].shape[0] == 3
 
 
 def test_a_stack_of_fused_matrices_has_its_parts_in_order(one_seed):

@@ -123,7 +123,19 @@ def test_layerwise_holds_the_largest_gradient_and_a_tied_one_twice():
     assert gradients(vocab_size=8) == 4 * 80 * 32
 
 
-@pytest.mark.parametrize("base", ["lion", "adafactor"])
+def test_columns_have_no_basis():
+    model, config = build_llama(), FiraConfig(rank=4, projection="columns", base_optimizer="muon")
+    optimizer = get_fira_optimizer(model, config)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    predicted = estimate_memory(model, config).optimizer_state
+    assert predicted == measure.state_bytes(optimizer)
+    saved = sum(4 * (max(t.parameter.shape) + min(t.parameter.shape)) for t in find_targets(model, config).projected)
+    assert estimate_memory(model, FiraConfig(rank=4)).optimizer_state - predicted == 4 * saved
+
+
+@pytest.mark.parametrize("base", ["lion", "adafactor", "muon"])
 def test_the_state_of_other_base_optimizers(base):
     """Of projected weights a moment, with Adafactor a number for each row and column beside it; the rest as ever."""
     model = build_llama()

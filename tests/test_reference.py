@@ -79,7 +79,7 @@ def test_every_buffer(kind, scaling, residual, gamma):
 
 @pytest.mark.parametrize("kind", ["tall", "wide", "square"])
 @pytest.mark.parametrize("scaling", ["column", "matrix"])
-@pytest.mark.parametrize("base_optimizer", ["lion", "adafactor"])
+@pytest.mark.parametrize("base_optimizer", ["lion", "adafactor", "muon"])
 def test_base_optimizers(kind, scaling, base_optimizer):
     settings = {"scaling": scaling, "base_optimizer": base_optimizer}
     limited = compare(LAYOUT[kind], rank=6, alpha=0.25, update_proj_gap=5, **settings)

@@ -18,7 +18,13 @@ from conftest import ROOT
 from fira_hf import FiraAdamW
 
 SEQUENCES, LENGTH = 200, 14
-SETTINGS = [{}, {"base_optimizer": "lion"}, {"base_optimizer": "adafactor"}, {"projection": "random"}]
+SETTINGS = [
+    {},
+    {"base_optimizer": "lion"},
+    {"base_optimizer": "adafactor"},
+    {"projection": "random"},
+    {"projection": "columns"},
+]
 SETTINGS += [{"state_dtype": "bfloat16", "stochastic_rounding": True}, {"refresh": "together", "moments": "aligned"}]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -85,7 +91,7 @@ class Sequence:
                 4,
             ]
             basis = [*shape[:-2], min(rows, columns), 4]
-            if state and list(state["basis"].shape) != basis:
+            if "basis" in state and list(state["basis"].shape) != basis:
                 return True
         return self.is_untrainable(p) or p.grad.shape != p.shape or (state and list(state["exp_avg"].shape) != shape)
 
