@@ -6,6 +6,7 @@ A run is a JSON file, named by method, regime, rate and seed. Nothing here train
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,14 +38,20 @@ def read_methods(path: Path = METHODS) -> dict[str, dict[str, Any]]:
     """name -> what it is, from a YAML file; its first rate is on the grid."""
     methods = yaml.safe_load(path.read_text(encoding="utf-8"))
     for name, method in methods.items():
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise ValueError(f"{path}: {name!r} names files, so write it in letters, digits, dots and hyphens.")
         unknown = set(method) - KEYS
         if unknown:
             raise ValueError(f"{path}, {name}: unknown {', '.join(sorted(unknown))}; known are {', '.join(sorted(KEYS))}.")
         if method.get("optimizer") not in BUILDERS | QUALITY:
             known = ", ".join(BUILDERS | QUALITY)
             raise ValueError(f"{path}, {name}: optimizer is {method.get('optimizer')!r}; there are {known}.")
-        if method.get("rate") not in GRID:
-            raise ValueError(f"{path}, {name}: rate is {method.get('rate')}; write 1, 3 or 10 times a power of ten.")
+        try:
+            method["rate"] = float(method.get("rate"))  # YAML takes 1e-3 for a word
+        except (TypeError, ValueError):
+            method["rate"] = None
+        if method["rate"] not in GRID:
+            raise ValueError(f"{path}, {name}: its rate must be 1 or 3 times a power of ten, from 1e-8 to 10.")
         method.setdefault("label", name)
     return methods
 
@@ -164,6 +171,7 @@ class Plan:
 
     def _searched_best(self, method: str, regime: Regime) -> float:
         found = self.folder.losses(method, regime, self.seeds[0]) if method in self.folder.methods else {}
+        found = {rate: loss for rate, loss in found.items() if rate in GRID}
         if not found:
             raise ValueError(
                 f"{self.folder.path} has no run of {method} in {regime} with seed {self.seeds[0]}: search there first, "

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from recipes import measure
 from recipes.benchmarks.models import Size
 from recipes.benchmarks.optimizers import build
 from recipes.pretraining.data import read
-from recipes.text import blocks
 
 # A rank of a quarter of the width, unless a method says otherwise. With an untied head for 256 bytes, 92% of the 869,504
 # parameters of 1m are in the matrices that the methods train, and more in the larger ones.
@@ -60,12 +60,15 @@ class Regime:
 
 @dataclass(frozen=True)
 class Data:
-    """Blocks of bytes (blocks, LENGTH) to train on and to validate with; `name` and `digest` say of what text."""
+    """Blocks of bytes (blocks, LENGTH) to train on and to validate with; `name` and `digest` say of what text.
+
+    Arrays, which go to other processes by value: tensors would need shared memory.
+    """
 
     name: str
     digest: str
-    train: Tensor
-    valid: Tensor
+    train: np.ndarray
+    valid: np.ndarray
 
 
 def load(folder: str) -> Data:
@@ -80,21 +83,21 @@ def load(folder: str) -> Data:
     for split, text in texts.items():
         if len(text) < LENGTH:
             raise ValueError(f"The {split} text of {folder} has {len(text)} bytes, less than one block of {LENGTH}.")
-        found[split] = blocks(torch.frombuffer(bytearray(text), dtype=torch.uint8), LENGTH)
+        found[split] = np.frombuffer(text[: len(text) // LENGTH * LENGTH], dtype=np.uint8).reshape(-1, LENGTH)
     number = len(found["valid"])
-    chosen = torch.linspace(0, number - 1, min(number, VALID_BLOCKS)).round().long()
+    chosen = np.linspace(0, number - 1, min(number, VALID_BLOCKS)).round().astype(int)
     digest = hashlib.sha256(texts["train"] + b"\0" + texts["valid"]).hexdigest()[:12]
     return Data(folder, digest, found["train"], found["valid"][chosen])
 
 
-def batches(data: Tensor, sequences: int, seed: int) -> Iterator[Tensor]:
+def batches(data: np.ndarray, sequences: int, seed: int) -> Iterator[Tensor]:
     """Without end: the blocks in an order that the seed chooses, and in another one each time they are through."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
     while True:
         while len(order) < sequences:
             order = torch.cat([order, torch.randperm(len(data), generator=generator)])
-        yield data[order[:sequences]]
+        yield torch.from_numpy(data[order[:sequences].numpy()]).long()
         order = order[sequences:]
 
 
@@ -182,6 +185,7 @@ def train(
     optimizers = (optimizer, others)
     schedulers = [torch.optim.lr_scheduler.LambdaLR(one, lambda step: schedule(step, steps)) for one in optimizers]
     evaluate_after = {math.ceil(steps * point / POINTS) for point in range(1, POINTS + 1)}
+    valid = torch.from_numpy(data.valid).long()
     history, start, diverged = [], time.perf_counter(), False
     for step, batch in zip(range(steps), batches(data.train, regime.batch // LENGTH, seed), strict=False):
         loss = model(input_ids=batch, labels=batch).loss
@@ -203,7 +207,7 @@ def train(
             scheduler.step()
         progress(step + 1, loss.item())
         if step + 1 in evaluate_after:
-            history.append({"step": step + 1, "loss": validate(model, data.valid)})
+            history.append({"step": step + 1, "loss": validate(model, valid)})
             if not math.isfinite(history[-1]["loss"]):
                 history.pop()
                 diverged = True
