@@ -72,7 +72,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=4096, help="bytes of a step")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", default="0", help="the search is by the first one")
-    parser.add_argument("--data", default=EMBEDDED, help="folder with train.txt and valid.txt; default: Python's manual")
+    parser.add_argument(
+        "--data", default=EMBEDDED, help="folder with train.txt and valid.txt; default: Python's manual"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--searched", default="1m,4096,400", help="where --rates around begins: size,batch,steps")
     parser.add_argument("--methods_file", type=Path, default=METHODS, help="what the methods are")

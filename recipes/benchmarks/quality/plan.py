@@ -42,7 +42,9 @@ def read_methods(path: Path = METHODS) -> dict[str, dict[str, Any]]:
             raise ValueError(f"{path}: {name!r} names files, so write it in letters, digits, dots and hyphens.")
         unknown = set(method) - KEYS
         if unknown:
-            raise ValueError(f"{path}, {name}: unknown {', '.join(sorted(unknown))}; known are {', '.join(sorted(KEYS))}.")
+            raise ValueError(
+                f"{path}, {name}: unknown {', '.join(sorted(unknown))}; known are {', '.join(sorted(KEYS))}."
+            )
         if method.get("optimizer") not in BUILDERS | QUALITY:
             known = ", ".join(BUILDERS | QUALITY)
             raise ValueError(f"{path}, {name}: optimizer is {method.get('optimizer')!r}; there are {known}.")
