@@ -3,8 +3,9 @@
     python -m recipes.benchmarks.basis time [--shapes 2048x5461x512,...] [--output FILE]
     python -m recipes.benchmarks.basis energy [--data DIR] [--size 1m] [--projection power] [--output FILE]
 
-`time` refreshes a warm basis. `energy` trains a model of the quality benchmark and looks at every refresh of every matrix at the
-gradient of that step: ||G Q||^2 of the basis in use over that of the exact one, at the refresh and just before it.
+`time` refreshes a warm basis. `energy` trains a model of the quality benchmark and looks at every refresh of every
+matrix at the gradient of that step: ||G Q||^2 of the basis in use over that of the exact one, at the refresh and just
+before it.
 """
 
 from __future__ import annotations

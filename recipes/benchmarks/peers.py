@@ -1,7 +1,8 @@
 """Peers whose authors publish no package, each a few lines after its paper, and Muon with its moment in int8.
 
-Rates mean here what they mean for AdamW: an update is scaled to about the size of AdamW's, a root mean square of 0.2, as
-torch's Muon does with `match_rms_adamw`. So one range of learning rates serves all of them, whatever the papers' own are.
+Rates mean here what they mean for AdamW: an update is scaled to about the size of AdamW's, a root mean square of 0.2,
+as torch's Muon does with `match_rms_adamw`. So one range of learning rates serves all of them, 1e-3 to 1e-2 and a step
+or two beyond, whatever the papers' own are.
 """
 
 from __future__ import annotations

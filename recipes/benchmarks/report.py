@@ -3,8 +3,8 @@
     python -m recipes.benchmarks.report [docs/benchmarks]
 
 The words of a page are written by hand. Between `<!-- table: FILE -->` and `<!-- end -->` this puts the table of
-docs/benchmarks/FILE.json with its provenance; quality.json also becomes three pictures. A quality.json is gathered from
-the runs of `recipes.benchmarks.quality` by --gather FOLDER.
+docs/benchmarks/FILE.json with its provenance; quality.json also becomes three pictures. A quality.json is gathered
+from the runs of `recipes.benchmarks.quality` by --gather FOLDER.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
     python -m recipes.benchmarks.quality --rates adamw,3e-3 --output_dir runs/quality
         each method at the rate that is best for AdamW, and at 3e-3
 
-Seeds beyond the first run at the best rate, and at those that --rates names. A run is a JSON file in --output_dir and is
-not run again: the same command goes on where it was interrupted, and several commands can share a folder.
+Seeds beyond the first run at the best rate, and at those that --rates names. A run is a JSON file in --output_dir and
+is not run again: the same command goes on where it was interrupted, and several commands can share a folder.
 `python -m recipes.benchmarks.report --gather runs/quality` makes tables and pictures of them.
 """
 

@@ -176,8 +176,8 @@ class Plan:
         found = {rate: loss for rate, loss in found.items() if rate in GRID}
         if not found:
             raise ValueError(
-                f"{self.folder.path} has no run of {method} in {regime} with seed {self.seeds[0]}: search there first, "
-                f"with --search --methods {method} --size {regime.size} --batch {regime.batch} --steps {regime.steps}."
+                f"{self.folder.path} has no run of {method} in {regime} with seed {self.seeds[0]}; search there: "
+                f"--search --methods {method} --size {regime.size} --batch {regime.batch} --steps {regime.steps}"
             )
         return best(found)
 

@@ -67,8 +67,8 @@ def _origin_of(run: dict[str, Any], origins: list[dict[str, Any]]) -> int:
 class Outcome:
     """A method in a regime. Losses are means over the seeds, infinite where a run diverged.
 
-    by_rate: loss by rate. lr: the best rate, by the first seed, which ran at all of them. losses: at the best rate, one
-    for each seed. curve: mean of the validation losses at the best rate over training.
+    by_rate: loss by rate. lr: the best rate, by the first seed, which ran at all of them. losses: at the best rate,
+    one for each seed. curve: mean of the validation losses at the best rate over training.
     """
 
     name: str

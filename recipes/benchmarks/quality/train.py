@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from recipes.benchmarks.models import Size
 from recipes.benchmarks.optimizers import build
 from recipes.pretraining.data import read
 
-# A rank of a quarter of the width, unless a method says otherwise. With an untied head for 256 bytes, 92% of the 869,504
-# parameters of 1m are in the matrices that the methods train, and more in the larger ones.
+# A rank of a quarter of the width, unless a method says otherwise. With an untied head for 256 bytes, 92% of the
+# 869,504 parameters of 1m are in the matrices that the methods train, and more in the larger ones.
 SIZES = {
     "tiny": Size(32, 88, 2, 1, 8),  # to try the benchmark out
     "1m": Size(128, 352, 4, 4, 32),
@@ -30,6 +31,7 @@ SIZES = {
 }
 BYTES = 256  # the vocabulary
 LENGTH = 256  # of a sequence
+LINEAR = r".*\.(self_attn|mlp)\..*_proj"  # the layers of the matrices
 DENSE_LR = 3e-3  # embeddings, norms and head
 POINTS = 8  # evaluations of a run
 VALID_BLOCKS = 256
@@ -87,7 +89,7 @@ def load(folder: str) -> Data:
     number = len(found["valid"])
     chosen = np.linspace(0, number - 1, min(number, VALID_BLOCKS)).round().astype(int)
     digest = hashlib.sha256(texts["train"] + b"\0" + texts["valid"]).hexdigest()[:12]
-    return Data(folder, digest, found["train"], found["valid"][chosen])
+    return Data(Path(folder).name, digest, found["train"], found["valid"][chosen])
 
 
 def batches(data: np.ndarray, sequences: int, seed: int) -> Iterator[Tensor]:
@@ -125,11 +127,9 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 def add_adapters(model: nn.Module, rank: int) -> list[nn.Parameter]:
-    """LoRA from scratch: W0 + B A, of which B and A are trained in place of the matrices, as wide as PEFT scales them."""
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
-    config.target_modules |= {"gate_proj", "up_proj", "down_proj"}
-    matrices, dense = split_parameters(model)
-    get_peft_model(model, config)
+    """LoRA from scratch: W0 + 2 B A, of which B and A, begun as PEFT does, are trained in place of the matrices."""
+    _, dense = split_parameters(model)
+    get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEAR))
     for p in dense:  # PEFT has frozen them
         p.requires_grad_(True)
     return [p for name, p in model.named_parameters() if "lora_" in name]

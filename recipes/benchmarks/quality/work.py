@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import multiprocessing
 import queue
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -139,5 +140,12 @@ def describe(what: str, name: str, *rest: Any) -> str:
 
 
 def _worker(plan: Plan, command: list[str], told: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command that started this one ends it
     torch.set_num_threads(1)
-    work(plan, command, told.put)
+
+    def tell(what: tuple[Any, ...]) -> None:
+        if not multiprocessing.parent_process().is_alive():
+            raise SystemExit("The command that started this worker has been killed.")
+        told.put(what)
+
+    work(plan, command, tell)
