@@ -7,11 +7,9 @@ import threading
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from recipes import files, measure
 from recipes.benchmarks import peers, report
-from recipes.benchmarks.models import Size
 from recipes.benchmarks.optimizers import build
 from recipes.benchmarks.quality import __main__ as command
 from recipes.benchmarks.quality import work
@@ -113,8 +111,9 @@ def test_validation_is_spread_over_the_text(tmp_path):
 
 def test_what_diverges_has_no_loss_and_stops(data):
     steps = []
-    found = train(METHODS["sinkgd"], 1e30, TINY, 0, data, progress=lambda step, loss: steps.append(step))
-    assert (found["status"], found["loss"]) == ("diverged", None) and len(steps) < TINY.steps
+    regime = Regime("tiny", 512, 24)  # validated after every third step
+    found = train(METHODS["sinkgd"], 1e30, regime, 0, data, progress=lambda step, loss: steps.append(step))
+    assert (found["status"], found["loss"], found["history"]) == ("diverged", None, []) and steps == [1]
     json.dumps(found, allow_nan=False)
 
 
@@ -310,6 +309,15 @@ def test_two_workers_share_the_runs(folder, trainer):
     assert plan.wanted() == [] and not list(folder.path.glob("*.claim"))
 
 
+def test_a_claim_is_of_one_process_and_outlives_none(tmp_path):
+    path = tmp_path / "a.claim"
+    path.touch()  # as a killed process leaves it
+    with work.claim(path) as one, work.claim(path) as other:
+        assert one and not other
+    with work.claim(path) as again:
+        assert again
+
+
 def test_rates_around_begin_where_the_search_ended_and_go_on_at_the_edge(folder, trainer):
     run(Plan(folder, ["muon"], TINY, [0], search=True))
     trainer.asked, trainer.bests["muon"] = [], 1e-1
@@ -439,9 +447,3 @@ def test_the_table_says_what_the_runs_say(folder, trainer, tmp_path):
     files.write_json(diverged, files.read_json(diverged) | {"data": {"name": "x", "digest": "y"}})
     with pytest.raises(ValueError, match="different texts"):
         gather(folder.path)
-
-
-def test_the_methods_are_those_that_the_benchmark_promises():
-    assert {"adamw", "muon", "muon-int8", "galore", "apollo", "fira", "lora", "sumo", "sinkgd"} <= set(METHODS)
-    assert yaml.safe_dump(METHODS["fira-hf"]["settings"]) == "alpha: 1.0\n"
-    assert SIZES["1m"] == Size(128, 352, 4, 4, 32)
