@@ -309,6 +309,15 @@ def test_two_workers_share_the_runs(folder, trainer):
     assert plan.wanted() == [] and not list(folder.path.glob("*.claim"))
 
 
+def test_what_another_has_finished_meanwhile_is_not_run_again(folder, trainer, monkeypatch):
+    plan = Plan(folder, ["muon"], TINY, [0], rates=[1e-2])
+    stale = [plan.wanted()]  # as a worker has read it before the other one was done
+    run(plan)
+    monkeypatch.setattr(Plan, "wanted", lambda self: stale.pop() if stale else [])
+    run(plan)
+    assert trainer.asked == [("muon", 1e-2, 0)]
+
+
 def test_a_claim_is_of_one_process_and_outlives_none(tmp_path):
     path = tmp_path / "a.claim"
     path.touch()  # as a killed process leaves it

@@ -135,7 +135,8 @@ def by_regime(content: dict[str, Any]) -> Figure:
     sides = zip(figure.subplots(1, 2), ((ADAMW, "AdamW"), (MUON, "Muon")), strict=True)
     handles: dict[str, Any] = {}
     for axis, (base, called) in sides:
-        for name in names:
+        for number, name in enumerate(names):
+            aside = 0.2 * (number / max(len(names) - 1, 1) - 0.5)  # so that bars do not lie on one another
             here = [(index, one[name], one[base]) for index, one in enumerate(found) if name in one and base in one]
             if name == base or not here:
                 continue
@@ -145,7 +146,7 @@ def by_regime(content: dict[str, Any]) -> Figure:
                 [one.loss - min(one.losses) for one in own],
                 [max(one.losses) - one.loss for one in own],
             ]
-            places = [index for index, _, _ in here]
+            places = [index + aside for index, _, _ in here]
             handles[own[0].label] = axis.errorbar(places, apart, spread, capsize=2, **style(content, own[0]))
         axis.axhline(0, color="0.4", linewidth=1)
         axis.set_xticks(range(len(regimes)), [title(regime).replace(", ", "\n") for regime in regimes], fontsize=8)

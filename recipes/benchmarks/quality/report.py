@@ -119,7 +119,9 @@ def outcomes(content: dict[str, Any], regime: dict[str, Any]) -> list[Outcome]:
 
 
 def title(regime: dict[str, Any]) -> str:
-    return f"{regime['parameters'] / 1e6:.2g}M, {regime['batch'] // 1024}k bytes, {regime['steps']} steps"
+    batch = regime["batch"]
+    each = f"{batch // 1024}k" if batch % 1024 == 0 else batch
+    return f"{regime['parameters'] / 1e6:.2g}M, {each} bytes, {regime['steps']} steps"
 
 
 def table(content: dict[str, Any]) -> str:
