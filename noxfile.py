@@ -32,6 +32,7 @@ LEFT_OUT = {
     "test_pretraining.py",
     "test_pretraining_data.py",
     "test_pretraining_launch.py",
+    "test_quality.py",
     "test_reproduction.py",
 }
 FILES = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/test_*.py")) if path.name not in LEFT_OUT]

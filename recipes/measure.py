@@ -24,7 +24,7 @@ from fira_hf.distributed import local
 from recipes import processes
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
-PEERS = ("fira", "galore-torch", "apollo-torch", "pytorch_optimizer")
+PEERS = ("fira", "galore-torch", "apollo-torch", "pytorch_optimizer", "bitsandbytes")
 
 
 def provenance(seed: int, command: list[str]) -> dict[str, Any]:
@@ -72,18 +72,27 @@ def _commit() -> str | None:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in the optimizer's state in this process, those in GaLore's projector objects included."""
-    return _tensor_bytes(list(optimizer.state.values()))
+    """Bytes of all tensors in the optimizer's state in this process, those in GaLore's projector objects included.
+
+    A tensor that several states share, as the code tables of bitsandbytes, counts once.
+    """
+    found: dict[int, int] = {}
+    _tensor_bytes(list(optimizer.state.values()), found)
+    return sum(found.values())
 
 
-def _tensor_bytes(value: Any) -> int:
+def _tensor_bytes(value: Any, found: dict[int, int]) -> None:
+    """Adds the bytes of each tensor in `value` to `found`, by its id."""
     if isinstance(value, torch.Tensor):
-        return local(value).numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(map(_tensor_bytes, value.values()))
-    if isinstance(value, (list, tuple)):
-        return sum(map(_tensor_bytes, value))
-    return _tensor_bytes(vars(value)) if hasattr(value, "__dict__") else 0
+        found[id(value)] = local(value).numel() * value.element_size()
+    elif isinstance(value, dict):
+        for one in value.values():
+            _tensor_bytes(one, found)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            _tensor_bytes(one, found)
+    elif hasattr(value, "__dict__"):
+        _tensor_bytes(vars(value), found)
 
 
 def peak_memory() -> dict[str, Any]:

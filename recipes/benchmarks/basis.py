@@ -1,10 +1,11 @@
 """Finding the basis: time beside torch.linalg.svd, and captured energy beside the exact basis.
 
     python -m recipes.benchmarks.basis time [--shapes 2048x5461x512,...] [--output FILE]
-    python -m recipes.benchmarks.basis energy recipes/benchmarks/quality.yaml --data_dir DATA [--output FILE]
+    python -m recipes.benchmarks.basis energy [--data DIR] [--size 1m] [--projection power] [--output FILE]
 
-`time` refreshes a warm basis. `energy` trains the experiment's model and looks at every refresh of every matrix at the
-gradient of that step: ||G Q||^2 of the basis in use over that of the exact one, at the refresh and just before it.
+`time` refreshes a warm basis. `energy` trains a model of the quality benchmark and looks at every refresh of every
+matrix at the gradient of that step: ||G Q||^2 of the basis in use over that of the exact one, at the refresh and just
+before it.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from fira_hf.functional import tall
 from fira_hf.subspace import find_bases
 from recipes.benchmarks.models import gradient
 from recipes.benchmarks.options import write
-from recipes.benchmarks.quality import load_tokens, train
+from recipes.benchmarks.quality.train import Data, Regime, load, train
+from recipes.pretraining.settings import EMBEDDED
 
 
 def median_seconds(function: Callable[[], Any], repeats: int) -> float:
@@ -60,10 +62,12 @@ def captured_energy(G: Tensor, Q: Tensor) -> float:
     return float((G @ Q).square().sum() / exact)
 
 
-def watch_energy(experiment: dict[str, Any], variant: dict[str, Any], lr: float, data: dict[str, Tensor]):
-    """Rows of step, matrix, and the captured energy before and after the refresh."""
+def watch_energy(projection: str, gap: int, lr: float, regime: Regime, data: Data) -> list[dict[str, Any]]:
+    """Rows of step, matrix, and the captured energy before and after the refresh of all bases."""
+    settings = {"projection": projection, "refresh": "together", "moments": "kept"}
+    method = {"optimizer": "fira_hf", "interval": gap, "settings": settings}
     rows: list[dict[str, Any]] = []
-    gap, before = experiment["update_proj_gap"], {}
+    before: dict[int, Tensor] = {}
 
     def watch(step: int, optimizer: torch.optim.Optimizer, matrices: list[nn.Parameter]) -> None:
         for index, p in enumerate(matrices):
@@ -76,7 +80,8 @@ def watch_energy(experiment: dict[str, Any], variant: dict[str, Any], lr: float,
             if step % gap == gap - 1:
                 before[index] = Q.clone()
 
-    train(experiment, variant, lr, 0, data, watch)
+    with tqdm(total=regime.steps, disable=None, leave=False) as bar:
+        train(method, lr, regime, 0, data, watch, lambda step, loss: bar.update())
     return rows
 
 
@@ -95,10 +100,12 @@ def main(words: list[str] | None = None) -> int:
     one.add_argument("--shapes", type=_shapes, default=_shapes("512x512x128,2048x5461x512,4096x11008x128"))
     one.add_argument("--repeats", type=int, default=1, help="of the SVD, which takes long")
     two = commands.add_parser("energy")
-    two.add_argument("experiment", type=Path)
-    two.add_argument("--data_dir", type=Path, required=True)
-    two.add_argument("--cache", type=Path, default=Path("runs/quality/data"))
-    two.add_argument("--variant", default="power")
+    two.add_argument("--data", default=EMBEDDED, help="folder with train.txt and valid.txt; default: Python's manual")
+    two.add_argument("--size", default="1m", help="tiny, 1m, 3m or 10m")
+    two.add_argument("--batch", type=int, default=4096, help="bytes of a step")
+    two.add_argument("--steps", type=int, default=250)
+    two.add_argument("--interval", type=int, default=50)
+    two.add_argument("--projection", default="power")
     two.add_argument("--lr", type=float, default=3e-3)
     for command in (one, two):
         command.add_argument("--output", type=Path)
@@ -110,10 +117,8 @@ def main(words: list[str] | None = None) -> int:
             shape = f"{row['long']} x {row['short']}, {row['rank']}"
             table.add_row(shape, f"{1000 * row['power']:.1f}", f"{1000 * row['svd']:.1f}", f"{row['ratio']:.0f}")
     else:
-        experiment = yaml.safe_load(options.experiment.read_text(encoding="utf-8"))
-        variant = experiment.pop("variants")[options.variant]
-        data = load_tokens(options.data_dir, options.cache, experiment["vocab_size"])
-        rows = watch_energy(experiment, variant, options.lr, data)
+        regime = Regime(options.size, options.batch, options.steps)
+        rows = watch_energy(options.projection, options.interval, options.lr, regime, load(options.data))
         table = Table("step", "before the refresh (mean)", "after (mean)", "after (lowest)")
         for step in dict.fromkeys(row["step"] for row in rows):
             here = [row for row in rows if row["step"] == step]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fira_hf import FiraAdamW
+from recipes.benchmarks import peers
 
 Matrices = list[nn.Parameter]
 
@@ -20,9 +21,10 @@ def build(name: str, matrices: Matrices, lr: float, rank: int, gap: int, **setti
         ValueError: there is no such optimizer.
         ImportError: its package is not installed.
     """
-    if name not in BUILDERS:
-        raise ValueError(f"There is no optimizer {name!r}; there are {', '.join(BUILDERS)}.")
-    return BUILDERS[name](matrices, lr, rank, gap, settings)
+    builders = BUILDERS | QUALITY
+    if name not in builders:
+        raise ValueError(f"There is no optimizer {name!r}; there are {', '.join(builders)}.")
+    return builders[name](matrices, lr, rank, gap, settings)
 
 
 def _adamw(matrices: Matrices, lr: float, rank: int, gap: int, settings: dict[str, Any]) -> torch.optim.Optimizer:
@@ -75,6 +77,35 @@ def _dense(matrices: Matrices, lr: float, rank: int, gap: int, settings: dict[st
     return FiraAdamW([{"params": matrices, **settings}], lr=lr)  # AdamW with fp32 moments, whatever the weights
 
 
+def _adamw_8bit(matrices: Matrices, lr: float, rank: int, gap: int, settings: dict[str, Any]):
+    from bitsandbytes.optim import AdamW8bit
+
+    # Smaller matrices than the default's 4,096 weights would silently keep moments in fp32.
+    return AdamW8bit(matrices, lr=lr, **{"weight_decay": 0.0, "min_8bit_size": 0} | settings)
+
+
+def _int8_muon(matrices: Matrices, lr: float, rank: int, gap: int, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    options = {"weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"} | settings
+    return peers.Int8Muon(matrices, lr=lr, **options)
+
+
+def _sinkgd(matrices: Matrices, lr: float, rank: int, gap: int, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    return peers.SinkGD(matrices, lr, **settings)
+
+
+def _scale(matrices: Matrices, lr: float, rank: int, gap: int, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    return peers.Scale(matrices, lr, **settings)
+
+
+def _sumo(matrices: Matrices, lr: float, rank: int, gap: int, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    return peers.Sumo(matrices, lr, **{"rank": rank, "update_proj_gap": gap, "momentum": 0.95} | settings)
+
+
+def _frugal(matrices: Matrices, lr: float, rank: int, gap: int, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    group = {"rank": rank, "update_proj_gap": gap, "betas": (0.9, 0.999), "eps": 1e-8, "free_scale": 1.0}
+    return peers.Frugal(matrices, lr, **group | settings)
+
+
 BUILDERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": _adamw,
     "adamw-foreach": _adamw_foreach,
@@ -85,4 +116,13 @@ BUILDERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "pytorch-optimizer": _pytorch_optimizer,
     "fira_hf": _fira_hf,
     "fira_hf-dense": _dense,
+}
+# Compared by `quality` alone: their steps are not written to be timed.
+QUALITY: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw-8bit": _adamw_8bit,
+    "muon-int8": _int8_muon,
+    "sinkgd": _sinkgd,
+    "scale": _scale,
+    "sumo": _sumo,
+    "frugal": _frugal,
 }

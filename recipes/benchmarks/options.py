@@ -30,7 +30,7 @@ def write(script: str, words: list[str] | None, options: argparse.Namespace, **f
     """What was found, with settings and provenance, to --output if that is given."""
     if options.output is None:
         return
-    told = {key: value for key, value in vars(options).items() if key not in ("output", "data_dir", "cache")}
+    told = {key: value for key, value in vars(options).items() if key not in ("output", "data")}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in told.items()}
     command = ["python", "-m", f"recipes.benchmarks.{script}", *(sys.argv[1:] if words is None else words)]
     provenance = measure.provenance(0, command)

@@ -3,8 +3,8 @@
     python -m recipes.benchmarks.report [docs/benchmarks]
 
 The words of a page are written by hand. Between `<!-- table: FILE -->` and `<!-- end -->` this puts the table of
-docs/benchmarks/FILE.json with its provenance; quality.json also becomes quality.png. A quality.json is gathered from
-the runs of `recipes.benchmarks.quality` by --gather FOLDER.
+docs/benchmarks/FILE.json with its provenance; quality.json also becomes three pictures. A quality.json is gathered
+from the runs of `recipes.benchmarks.quality` by --gather FOLDER.
 """
 
 from __future__ import annotations
@@ -20,17 +20,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from recipes import errors, files, report
-
-
-def gather(folder: Path) -> dict[str, Any]:
-    """The runs of a quality experiment in one object, without repeating what they share."""
-    runs = [files.read_json(path) for path in sorted(folder.glob("*.json"))]
-    if not runs:
-        raise ValueError(f"{folder} holds no results.")
-    experiments = [run.pop("experiment") for run in runs]
-    if any(experiment != experiments[0] for experiment in experiments):
-        raise ValueError(f"{folder} holds runs of different experiments: gather them one by one.")
-    return {"experiment": experiments[0], "runs": runs}
+from recipes.benchmarks.quality import plots
+from recipes.benchmarks.quality import report as quality
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -229,6 +220,7 @@ def cost_table(content: dict[str, Any]) -> str:
     return f"{markdown(header, counts)}\n\n{markdown(others, times)}"
 
 
+# Of the experiment before the present one, until its two files are replaced.
 def best_runs(content: dict[str, Any]) -> dict[str, dict[float, list[dict[str, Any]]]]:
     """variant -> learning rate -> runs, in the order of the mean perplexity of the best learning rate."""
     variants: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
@@ -243,6 +235,8 @@ def mean_perplexity(runs: list[dict[str, Any]]) -> float:
 
 
 def quality_table(content: dict[str, Any]) -> str:
+    if "regimes" in content:
+        return quality.table(content)
     rows = []
     for variant, by_lr in best_runs(content).items():
         best = min(by_lr, key=lambda lr: mean_perplexity(by_lr[lr]))
@@ -292,6 +286,8 @@ TABLES = {
 
 def origin(content: dict[str, Any]) -> str:
     """One line: command, hardware, versions, commit."""
+    if "regimes" in content:
+        return quality.origin(content)
     about = content["runs"][0]["provenance"] if "runs" in content else content["provenance"]
     versions = about["versions"]
     packages = f"torch {versions['torch']}, transformers {versions['transformers']}"
@@ -306,7 +302,9 @@ def write_report(folder: Path) -> None:
         if content is None:
             raise ValueError(f"{page} wants {folder / name}.json, which is not there.")
         kind = name.partition("-")[0]
-        if kind == "quality":
+        if kind == "quality" and "regimes" in content:
+            plots.draw(content, folder, name)
+        elif kind == "quality":
             plot_quality(content, folder / f"{name}.png")
         return f"{TABLES[kind](content)}\n\n{origin(content)}"
 
@@ -321,7 +319,7 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     try:
         for runs in options.gather:
-            files.write_json(options.folder / f"{runs.name}.json", gather(runs))
+            files.write_json(options.folder / f"{runs.name}.json", quality.gather(runs))
         write_report(options.folder)
     except ValueError as error:
         return errors.refuse(error)

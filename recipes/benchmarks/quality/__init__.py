@@ -1,0 +1,1 @@
+"""Validation loss of small byte-level LLaMAs trained from scratch: every method at its own best learning rate."""
