@@ -232,7 +232,7 @@ def _lion(R: Tensor, moments: Moments, betas: tuple[float, float]) -> Tensor:
 
 
 def _muon(R: Tensor, moments: Moments, betas: tuple[float, float], add: Add) -> Tensor:
-    """N = X (X^T X)^(-1/2), nearly, of X = b1 M + (1 - b1) R (Muon with Nesterov momentum, arXiv 2502.16982)."""
+    """N = X (X^T X)^(-1/2), nearly, of X = b1 M + (1 - b1) R: Muon with Nesterov momentum (arXiv 2502.16982)."""
     (M,) = moments
     torch._foreach_lerp_(M, list(R), 1 - betas[0])
     return orthogonalized(torch.stack(torch._foreach_lerp(M, list(R), 1 - betas[0])), add)
@@ -339,7 +339,7 @@ def apply_updates(
     R: Tensor | None,
     a: Tensor,
     k: float,
-    B: Tensor,
+    B: Tensor | None,
     bases: Sequence[Basis],
     decay: float,
     active: Tensor | None = None,
@@ -347,12 +347,13 @@ def apply_updates(
 ) -> None:
     """W <- decay (W - (a N - k B R) Q^T - B G) for each matrix, in place; N may be changed.
 
-    a: (B, 1, 1); without R the bracket is a N. `active`, `seeds`: one for each matrix, or None; see `apply_update`.
+    a: (B, 1, 1); without R the bracket is a N. Without B only a N is applied: gradients are not read, nor, where
+    nothing decays, columns outside of a range. `active`, `seeds`: one for each, or None; see `apply_update`.
     """
-    A = N.mul_(a) if R is None else N.mul_(a).addcmul_(B, R, value=-k)
+    A = N.mul_(a) if R is None or B is None else N.mul_(a).addcmul_(B, R, value=-k)
     for i, (W, G, Q) in enumerate(zip(weights, grads, bases, strict=True)):
-        on = None if active is None else active[i]
-        apply_update(W, G, A[i], Q, B[i], decay, on, generator(W, seeds[i] if seeds else None))
+        on, b = None if active is None else active[i], None if B is None else B[i]
+        apply_update(W, G, A[i], Q, b, decay, on, generator(W, seeds[i] if seeds else None))
 
 
 def apply_update(
@@ -360,7 +361,7 @@ def apply_update(
     G: Tensor,
     A: Tensor,
     Q: Basis,
-    B: Tensor,
+    B: Tensor | None,
     decay: float,
     active: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -370,18 +371,24 @@ def apply_update(
     W, G: (long, short), any float dtype; A: (long, r), B: (long, 1), fp32.
     `active`: 0-dim bool on the device; where it is False nothing is written, whatever is in G.
     """
-    exact = W.dtype == torch.float32 and G.dtype == torch.float32 and active is None
-    Q = Q if isinstance(Q, range) else Q.float()
-    blocks = (row_blocks(W), row_blocks(G), row_blocks(A, like=W), row_blocks(B, like=W))
-    for w, g, a, b in zip(*blocks, strict=True):
+    exact = W.dtype == torch.float32 and (B is None or G.dtype == torch.float32) and active is None
+    if isinstance(Q, range):
+        columns, places = within(Q, W.shape[1])
+        A, Q = A[:, places], range(columns.start, columns.stop)
+        if B is None and decay == 1:
+            W, Q = W[:, columns], range(len(Q))
+    else:
+        Q = Q.float()
+    blocks = [row_blocks(x, like=W) for x in (W, A, *(() if B is None else (G, B)))]
+    for w, a, *gb in zip(*blocks, strict=True):
         new = w if exact else w.to(torch.float32, copy=True)
         if isinstance(Q, range):
-            columns, places = within(Q, w.shape[1])
-            new[:, columns].sub_(a[:, places])
+            new[:, Q.start : Q.stop].sub_(a)
             new.mul_(decay)
         else:
             new.addmm_(a, Q.t(), beta=decay, alpha=-decay)
-        new.addcmul_(b, g, value=-decay)
+        if gb:
+            new.addcmul_(gb[1], gb[0], value=-decay)
         if not exact:
             store(w, new if active is None else torch.where(active, new, w), generator)
 

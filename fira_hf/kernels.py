@@ -39,13 +39,6 @@ def _dot(a, b, acc, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _halves(x, dtype: tl.constexpr):
-    """x (fp32) as a sum of two of a narrower dtype."""
-    high = x.to(dtype)
-    return high, (x - high.to(tl.float32)).to(dtype)
-
-
-@triton.jit
 def _rounded(x, seed, offset, dtype: tl.constexpr, AT_RANDOM: tl.constexpr, INTERPRETED: tl.constexpr):
     """x (fp32) in a dtype; a bf16 at random as one of its neighbours: what 16 random bits carry over rounds up."""
     if AT_RANDOM:
@@ -55,6 +48,13 @@ def _rounded(x, seed, offset, dtype: tl.constexpr, AT_RANDOM: tl.constexpr, INTE
         bits = x.to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def _halves(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x (fp32) as a sum of two of a narrower dtype."""
+    high = _rounded(x, 0, 0, dtype, False, INTERPRETED)
+    return high, _rounded(x - high.to(tl.float32), 0, 0, dtype, False, INTERPRETED)
 
 
 @triton.jit
@@ -87,7 +87,7 @@ def _project_kernel(
             if tl.float32 == G_DTYPE:
                 product = tl.dot(g, q, product, input_precision="tf32x3")
             else:
-                high, low = _halves(q, G_DTYPE)
+                high, low = _halves(q, G_DTYPE, INTERPRETED)
                 product = _dot(g, high, product, INTERPRETED)
                 product = _dot(g, low, product, INTERPRETED)
     place = matrix * long + rows
@@ -100,7 +100,7 @@ def _project_kernel(
 @triton.jit
 def _direction_kernel(
     table, R, N, R_norms, N_norms, active, long, rank, b1, b2, eps,
-    DTYPE: tl.constexpr, AT_RANDOM: tl.constexpr, LION: tl.constexpr, INTERPRETED: tl.constexpr,
+    DTYPE: tl.constexpr, AT_RANDOM: tl.constexpr, BASE: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(1).to(tl.int64)
@@ -114,7 +114,10 @@ def _direction_kernel(
     place = matrix * long + rows
     r = tl.load(R + place[:, None] * rank + columns[None, :], mask=inside, other=0.0)
     m = tl.load(M + own, mask=inside, other=0.0).to(tl.float32)
-    if LION:
+    if BASE == "muon":  # what is yet to be orthogonalized
+        m = b1 * m + (1 - b1) * r
+        n = b1 * m + (1 - b1) * r
+    elif BASE == "lion":
         mixed = b1 * m + (1 - b1) * r
         n = tl.where(mixed > 0, 1.0, 0.0) - tl.where(mixed < 0, 1.0, 0.0)
         m = b2 * m + (1 - b2) * r
@@ -136,8 +139,8 @@ def _direction_kernel(
 @triton.jit
 def _update_kernel(
     table, N, R, a, B, active, long, short, rank, k, decay, w_row, w_col, g_row, g_col, q_row, q_col,
-    W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, HAS_R: tl.constexpr, IS_RANGE: tl.constexpr,
-    AT_RANDOM: tl.constexpr, INTERPRETED: tl.constexpr,
+    W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, HAS_R: tl.constexpr, HAS_B: tl.constexpr,
+    IS_RANGE: tl.constexpr, AT_RANDOM: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(2).to(tl.int64)
@@ -149,7 +152,8 @@ def _update_kernel(
         rows = (tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
         columns = (tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)
         place = matrix * long + rows
-        b = tl.load(B + place, mask=rows < long, other=0.0)
+        if HAS_B:
+            b = tl.load(B + place, mask=rows < long, other=0.0)
         scale = tl.load(a + matrix)
         product = tl.zeros((BLOCK_L, BLOCK_S), tl.float32)
         if IS_RANGE:
@@ -175,16 +179,18 @@ def _update_kernel(
                 q_rounded = _rounded(q, 0, 0, tl.bfloat16, False, INTERPRETED)
                 product = _dot(n_rounded, q_rounded, product, INTERPRETED)
             else:
-                n_high, n_low = _halves(n, tl.bfloat16)
-                q_high, q_low = _halves(q, tl.bfloat16)
+                n_high, n_low = _halves(n, tl.bfloat16, INTERPRETED)
+                q_high, q_low = _halves(q, tl.bfloat16, INTERPRETED)
                 product = _dot(n_high, q_high, product, INTERPRETED)
                 product = _dot(n_high, q_low, product, INTERPRETED)
                 product = _dot(n_low, q_high, product, INTERPRETED)
         inside = (rows[:, None] < long) & (columns[None, :] < short)
         of_w = rows[:, None] * w_row + columns[None, :] * w_col
-        g = tl.load(G + rows[:, None] * g_row + columns[None, :] * g_col, mask=inside, other=0.0).to(tl.float32)
-        w = tl.load(W + of_w, mask=inside, other=0.0).to(tl.float32)
-        w = decay * (w - product - b[:, None] * g)
+        w = tl.load(W + of_w, mask=inside, other=0.0).to(tl.float32) - product
+        if HAS_B:
+            g = tl.load(G + rows[:, None] * g_row + columns[None, :] * g_col, mask=inside, other=0.0).to(tl.float32)
+            w -= b[:, None] * g
+        w *= decay
         own = rows[:, None] * short + columns[None, :]
         tl.store(
             W + of_w, _rounded(w, tl.load(table + 4 * matrix + 3), own, W_DTYPE, AT_RANDOM, INTERPRETED), mask=inside
@@ -235,6 +241,12 @@ def _about(Q: F.Basis) -> tuple[int, int, Any, bool]:
     return (0, 0, tl.float32, True) if isinstance(Q, range) else (*Q.stride(), DTYPES[Q.dtype], False)
 
 
+def _ranges_within(bases: Sequence[F.Basis], short: int) -> list[range]:
+    """The bases, if all are ranges of columns of which none lies outside."""
+    ranges = [Q for Q in bases if isinstance(Q, range) and Q.start >= 0 and Q.stop <= short]
+    return ranges if len(ranges) == len(bases) else []
+
+
 def _power_of_2(size: int, least: int, most: int) -> int:
     return int(min(most, max(least, triton.next_power_of_2(size))))
 
@@ -243,8 +255,8 @@ def project(grads: Sequence[Tensor], bases: Sequence[F.Basis]) -> tuple[Tensor, 
     """See `functional.project`. One pass over G for up to 256 columns of Q (fp32: 128), or for a range."""
     (long, short), rank = grads[0].shape, F.rank_of(bases[0])
     *strides, q_dtype, is_range = _about(bases[0])
-    # Of a range, columns may lie outside.
-    R = (torch.zeros if is_range else torch.empty)(len(grads), long, rank, device=grads[0].device)
+    is_filled = not is_range or bool(_ranges_within(bases, short))
+    R = (torch.empty if is_filled else torch.zeros)(len(grads), long, rank, device=grads[0].device)
     norms = R.new_empty(len(grads), long, 1)
     # No spilled registers and less than 99 KiB of shared memory, by what ptxas says for compute capabilities 8 and 9.
     is_half = grads[0].dtype != torch.float32
@@ -275,12 +287,11 @@ def direction(
     seeds: Sequence[Sequence[int]] | None = None,
     add: F.Add = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `functional.direction`, which makes those that see more than one element at a time. One pass over R and
-    moments."""
-    if base_optimizer in ("adafactor", "muon"):
+    """See `functional.direction`, which makes Adafactor's, with means over both sides. One pass over R and moments."""
+    if base_optimizer == "adafactor":
         return F.direction(base_optimizer, R, list(map(list, stored)), betas, eps, active, seeds, add)
     count, long, rank = R.shape
-    M, V = stored[0], stored[-1]  # Lion has one, and reads no other
+    M, V = stored[0], stored[-1]  # the others have one, and read no other
     N = torch.empty_like(R)
     R_norms, N_norms = R.new_empty(count, long, 1), R.new_empty(count, long, 1)
     block_r = _power_of_2(rank, 1, rank * 2)
@@ -291,8 +302,11 @@ def direction(
             _table(M, V, seeds[0] if seeds else none, seeds[-1] if seeds else none),
             R, N, R_norms, N_norms, active, long, rank, *betas, eps,
             DTYPE=DTYPES[M[0].dtype], AT_RANDOM=seeds is not None and M[0].dtype == torch.bfloat16,
-            LION=base_optimizer == "lion", INTERPRETED=INTERPRETED, BLOCK_L=block_l, BLOCK_R=block_r,
+            BASE=base_optimizer, INTERPRETED=INTERPRETED, BLOCK_L=block_l, BLOCK_R=block_r,
         )  # fmt: skip
+    if base_optimizer == "muon":
+        N = F.orthogonalized(N, add)
+        N_norms = F.row_norms(N)
     return N, R_norms, N_norms
 
 
@@ -303,7 +317,7 @@ def apply_updates(
     R: Tensor | None,
     a: Tensor,
     k: float,
-    B: Tensor,
+    B: Tensor | None,
     bases: Sequence[F.Basis],
     decay: float,
     active: Tensor,
@@ -312,17 +326,23 @@ def apply_updates(
     """See `functional.apply_updates`. One pass over W and G, the product with Q^T included."""
     count, long, rank = N.shape
     short = weights[0].shape[1]
+    ranges = _ranges_within(bases, short)
+    if B is None and decay == 1 and ranges:
+        # Nothing is done to what is outside: the block is the whole matrix.
+        weights = [W[:, Q.start : Q.stop] for W, Q in zip(weights, ranges, strict=True)]
+        bases, short = [range(rank)] * count, rank
     if not long or not short:
         return
-    N, B = N.contiguous(), B.contiguous()
+    N, B, R = N.contiguous(), None if B is None else B.contiguous(), None if B is None else R
     block_s = 64 if weights[0].dtype != torch.float32 else 128
     *strides, q_dtype, is_range = _about(bases[0])
     _update_kernel[triton.cdiv(short, block_s), triton.cdiv(long, 64), count](
-        _table(weights, grads, bases, seeds or [0] * count), N, N if R is None else R, a, B, active,
+        _table(weights, grads, bases, seeds or [0] * count),
+        N, N if R is None else R, a, N if B is None else B, active,
         long, short, rank, k, decay, *weights[0].stride(), *grads[0].stride(), *strides,
         W_DTYPE=DTYPES[weights[0].dtype], G_DTYPE=DTYPES[grads[0].dtype], Q_DTYPE=q_dtype,
-        HAS_R=R is not None, IS_RANGE=is_range, AT_RANDOM=seeds is not None, INTERPRETED=INTERPRETED,
-        BLOCK_L=64, BLOCK_S=block_s, BLOCK_R=32, num_warps=8, num_stages=2,
+        HAS_R=R is not None, HAS_B=B is not None, IS_RANGE=is_range, AT_RANDOM=seeds is not None,
+        INTERPRETED=INTERPRETED, BLOCK_L=64, BLOCK_S=block_s, BLOCK_R=32, num_warps=8, num_stages=2,
     )  # fmt: skip
 
 

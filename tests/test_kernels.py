@@ -74,11 +74,12 @@ for capability in (80, 90):
     for dtype in (tl.bfloat16, tl.float32):
         half = dtype == tl.bfloat16
         of_project = {"BLOCK_L": 64 if half else 32, "BLOCK_S": 32, "BLOCK_R": 128}
-        of_update = {"BLOCK_L": 64, "BLOCK_S": 64 if half else 128, "BLOCK_R": 32, "HAS_R": True, "AT_RANDOM": half}
+        of_update = {"BLOCK_L": 64, "BLOCK_S": 64 if half else 128, "BLOCK_R": 32}
+        of_update |= {"HAS_R": True, "HAS_B": True, "AT_RANDOM": half}
         both = {"G_DTYPE": dtype, "Q_DTYPE": tl.float32, "IS_RANGE": False}
         ranges = both | {"IS_RANGE": True}
         of_ranges = {"BLOCK_L": 64, "BLOCK_S": 32, "BLOCK_R": 16}
-        state = {"AT_RANDOM": half, "LION": False, "BLOCK_L": 16, "BLOCK_R": 128}
+        state = {"AT_RANDOM": half, "BASE": "adamw", "BLOCK_L": 16, "BLOCK_R": 128}
         dense = {"W_DTYPE": tl.bfloat16, "M_DTYPE": dtype, "ROUNDS_W": True, "ROUNDS_M": half, "BLOCK": 1024}
         for found in (
             compiled(kernels._project_kernel, capability, 8, **both, **of_project),

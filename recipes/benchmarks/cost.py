@@ -269,11 +269,12 @@ class Kernels:
         moved = size_of(given) + size_of(changed) + size_of(made)
         self.counter.cost += Cost(2, moved, **{unit: terms * products})
 
-    def project(self, grads: Sequence[Tensor], bases: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        (long, short), rank = grads[0].shape, bases[0].shape[1]
+    def project(self, grads: Sequence[Tensor], bases: Sequence[functional.Basis]) -> tuple[Tensor, Tensor]:
+        (long, short), rank = grads[0].shape, functional.rank_of(bases[0])
         R = torch.empty(len(grads), long, rank)
         norms = torch.empty(len(grads), long, 1)
         half = 0 if grads[0].dtype == torch.float32 else 2
+        rank = 0 if isinstance(bases[0], range) else rank
         self._launch([grads, bases], [], [R, norms], 2 * len(grads) * long * short * rank, half)
         return R, norms
 
@@ -281,14 +282,36 @@ class Kernels:
         return self.project([G.t() for G in grads], list(P))[0]
 
     def direction(self, base_optimizer: str, R: Tensor, stored: Any, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
+        if base_optimizer == "adafactor":
+            return functional.direction(base_optimizer, R, stored, *more)
         N = torch.empty_like(R)
         norms = [torch.empty(*R.shape[:2], 1) for _ in range(2)]
         self._launch([R, stored, more], stored, [N, norms])
+        if base_optimizer == "muon":
+            N = functional.orthogonalized(N)
+            norms[1] = functional.row_norms(N)
         return N, norms[0], norms[1]
 
-    def apply_updates(self, weights: Any, grads: Any, N: Tensor, R: Any, *more: Any) -> None:
+    def apply_updates(
+        self,
+        weights: Any,
+        grads: Any,
+        N: Tensor,
+        R: Any,
+        a: Tensor,
+        k: float,
+        B: Any,
+        bases: Any,
+        decay: float,
+        *more: Any,
+    ) -> None:
         half = {torch.bfloat16: 1, torch.float16: 3}.get(weights[0].dtype, 0)
-        self._launch([weights, grads, N, R, more], weights, [], 2 * N.numel() * weights[0].shape[1], half)
+        product = 0 if isinstance(bases[0], range) else 2 * N.numel() * weights[0].shape[1]
+        if B is None:
+            grads, R = [], None
+            if decay == 1 and isinstance(bases[0], range):
+                weights = [W[:, Q.start : Q.stop] for W, Q in zip(weights, bases, strict=True)]
+        self._launch([weights, grads, N, R, a, B, bases, more], weights, [], product, half)
 
 
 class Elsewhere(nn.Parameter):

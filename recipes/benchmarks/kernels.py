@@ -220,19 +220,20 @@ def check_direction(base: str, ops: Any, case: Case, device: str) -> Errors:
     return found
 
 
-def check_apply_updates(has_R: bool, of_ranges: bool, ops: Any, case: Case, device: str) -> Errors:
+def check_apply_updates(has_R: bool, has_B: bool, of_ranges: bool, ops: Any, case: Case, device: str) -> Errors:
     inputs, found = Inputs(case, device), Errors()
     weights, grads = inputs.matrices(0.02), inputs.gradients()
     bases = inputs.ranges() if of_ranges else inputs.bases()
     before = [W.clone() for W in weights]
     N, R = inputs.low_rank(case.shape[0]), 0.1 * inputs.low_rank(case.shape[0]) if has_R else None
     a = 0.01 * torch.arange(1.0, COUNT + 1, device=device).view(COUNT, 1, 1)
-    B, k, decay = inputs.random(COUNT, case.shape[0], 1).abs(), 0.25, 0.99
+    B, k, decay = inputs.random(COUNT, case.shape[0], 1).abs(), 0.25, 0.99 if has_B else 1.0
     B[OFF] = torch.nan
     at_random = has_R and case.dtype == torch.bfloat16
     seeds = list(range(COUNT)) if at_random else None
     u, p = roundoff(case.dtype, at_random), OF_UPDATE[case.dtype]
-    ops.apply_updates(weights, grads, N.clone(), R, a, k, B, bases, decay, inputs.active, seeds)
+    ops.apply_updates(weights, grads, N.clone(), R, a, k, B if has_B else None, bases, decay, inputs.active, seeds)
+    B = B if has_B else torch.zeros_like(B)
     for i in on():
         W, G, b = before[i].double(), grads[i].double(), B[i].double()
         Q = as_matrix(bases[i], case.shape[1], device)
@@ -318,10 +319,11 @@ CHECKS: dict[str, tuple[str, Callable[[Any, Case, str], Errors]]] = {  # check -
     "rounding at random": ("apply_updates", check_rounding),
     "transposed_products": ("transposed_products", check_transposed_products),
     "dense_adamw": ("dense_adamw", check_dense_adamw),
-    "apply_updates": ("apply_updates", functools.partial(check_apply_updates, True, False)),
-    "apply_updates, without R": ("apply_updates", functools.partial(check_apply_updates, False, False)),
-    "apply_updates, columns": ("apply_updates", functools.partial(check_apply_updates, True, True)),
-    "apply_updates, columns, without R": ("apply_updates", functools.partial(check_apply_updates, False, True)),
+    "apply_updates": ("apply_updates", functools.partial(check_apply_updates, True, True, False)),
+    "apply_updates, without R": ("apply_updates", functools.partial(check_apply_updates, False, True, False)),
+    "apply_updates, columns": ("apply_updates", functools.partial(check_apply_updates, True, True, True)),
+    "apply_updates, low-rank": ("apply_updates", functools.partial(check_apply_updates, True, False, False)),
+    "apply_updates, columns alone": ("apply_updates", functools.partial(check_apply_updates, True, False, True)),
 }
 
 
