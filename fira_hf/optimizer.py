@@ -55,12 +55,12 @@ class FiraAdamW(torch.optim.Optimizer):
     r = min(rank, short); moments and basis of `state_dtype`, whatever the weight's dtype, the scalars fp32; all kept
     so by `load_state_dict`):
 
-        step           0-dim           updates made (fp32, on the weight's device)
+        step           0-dim           updates made (fp32, on the weight's device); of the present block of columns
         phase          int             the basis is due at updates `phase`, `phase` + `update_proj_gap`, ...; on an
                                        accelerator, whose updates the host does not know, at calls
         seed           int             of what is drawn at random
         calls          int             of `step()` with a gradient, usable or not, since the first one
-        basis          short x r       orthonormal columns
+        basis          short x r       orthonormal columns; none with projection="columns"
         exp_avg        long x r        first moment of G Q
         exp_avg_sq     long x r        second moment of G Q (base_optimizer="adamw")
         exp_avg_sq_row long x 1        of its means over rows ("adafactor")
@@ -73,7 +73,8 @@ class FiraAdamW(torch.optim.Optimizer):
 
     A weight of a group without `rank` has `step`, `seed`, `calls`, and `exp_avg` and `exp_avg_sq` of its own shape.
 
-    A gradient that is zero or not finite changes nothing of a projected weight and its state. A group without `rank`
+    A gradient that is zero or not finite changes nothing of a projected weight and its state (but the moments of a
+    block of columns whose turn ends are dropped all the same). A group without `rank`
     is passed over for a step in which one of its gradients is not finite. For both, one counts as not finite, too,
     when the square of its norm is not in fp32 (a norm beyond 1.8e19), as the second moment would not be.
     An accelerator is not synchronised with the host but for first bases (and `projection="svd"`).
