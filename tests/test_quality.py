@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 import torch
 
+from fira_hf import functional
 from recipes import files, measure
 from recipes.benchmarks import peers, report
 from recipes.benchmarks.optimizers import build
 from recipes.benchmarks.quality import __main__ as command
 from recipes.benchmarks.quality import work
 from recipes.benchmarks.quality.plan import GRID, Folder, Plan, Run, at, missing_rates, read_methods
+from recipes.benchmarks.quality.plan import METHODS as METHODS_FILE
 from recipes.benchmarks.quality.report import gather, outcomes
 from recipes.benchmarks.quality.train import SIZES, Data, Regime, batches, build_model, load, split_parameters, train
 
 TINY = Regime("tiny", 512, 8)
 METHODS = read_methods()
+CANDIDATES = read_methods(METHODS_FILE.with_name("candidates.yaml"))
 PACKAGES = {"apollo-torch": "apollo_torch", "galore-torch": "galore_torch", "adamw-8bit": "bitsandbytes"}
 
 
@@ -69,7 +72,8 @@ def test_every_method_trains_and_keeps_the_state_that_is_told_of_it(name, data):
         # Two moments in a quarter of the columns, and which ones these are.
         "frugal": 4 * (2 * 32 + 1) * 8 + 2 * (2 * 88 + 1) * 8 + (2 * 32 + 1) * 22,
     }
-    low_rank |= {"fira-hf-no-limiter": low_rank["fira-hf"], "frugal-small": low_rank["frugal"]}
+    low_rank |= dict.fromkeys(("fira-hf-gamma-2", "fira-hf-no-limiter"), low_rank["fira-hf"])
+    low_rank["frugal-small"] = low_rank["frugal"]
     if name in low_rank:
         assert found["state_bytes"] == 4 * low_rank[name]
     expected = {
@@ -77,6 +81,7 @@ def test_every_method_trains_and_keeps_the_state_that_is_told_of_it(name, data):
         "adamw-095": 8 + 28 / elements,
         "adamw-8bit": 2 + (2 * 4 / 256 * elements + 2 * 4 * 256) / elements,  # scales of blocks, and two code tables
         "muon": 4,
+        "muon-09": 4,
         "muon-int8": 1 + 4 / 256,
         "lora": (8 * r * sum(32 + long for long in shapes) + 4 * 14) / elements,
         "scale": 0,
@@ -155,6 +160,71 @@ def test_muon_in_int8_is_near_muon():
     assert state["codes"].dtype == torch.int8 and set(state) == {"codes", "scales"}
     values = torch.randn(7, 50)
     assert (peers.decode(*peers.encode(values), values) - values).abs().max() <= values.abs().max() / 254 * 1.001
+
+
+# What a step could be made of.
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+@pytest.mark.parametrize("shape", [(48, 32), (32, 48)])
+def test_every_candidate_goes_downhill(name, shape):
+    """Of ||W||^2, in a dozen steps, also those that begin small."""
+    method, p = CANDIDATES[name], weight_of(*shape)
+    optimizer = build("candidate", [p], 3e-2, method.get("rank") or 8, 3, **method.get("settings", {}))
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # as a schedule leaves it there
+    before = p.norm()
+    for _ in range(12):
+        p.grad = p.detach().clone()
+        optimizer.step()
+    assert p.norm() < 0.998 * before and p.isfinite().all()
+
+
+def test_one_block_of_all_columns_is_muon():
+    one, other = weight_of(40, 24), weight_of(40, 24)
+    start = one.detach().clone()
+    optimizers = [
+        build("candidate", [one], 1e-2, 24, 10, moment="full", subspace="blocks", beta=0.95),
+        build("muon", [other], 1e-2, 24, 10),
+    ]
+    for seed in range(8):
+        for p, optimizer in zip((one, other), optimizers, strict=True):
+            p.grad = weight_of(40, 24, seed).grad
+            optimizer.step()
+    assert (one - other).norm() < 0.02 * (other - start).norm()
+
+
+def test_the_parts_of_a_candidates_update():
+    """Leading directions with singular values near 1, and rows and columns of what is left as they are said to be."""
+    for residual, dim in (("rows", 1), ("rows-columns", 0)):
+        p = weight_of(64, 32)
+        before, G = p.detach().clone(), p.grad
+        optimizer = build("candidate", [p], 1.0, 4, 10, moment="full", residual=residual)
+        optimizer.step()
+        update, Q = (before - p.detach()) / (0.2 * math.sqrt(64)), optimizer.state[p]["basis"]
+        leading = functional.orthogonalized((G @ Q)[None])[0]
+        assert (update @ Q - leading).norm() < 0.4 * leading.norm()
+        rest, scaled = G - G @ Q @ Q.T, update - leading @ Q.T
+        norms = scaled.norm(dim=dim)
+        assert torch.allclose(norms, norms.mean().expand_as(norms), rtol=1e-3)
+        assert scaled.norm() == pytest.approx(math.sqrt(28), rel=1e-3)
+        assert (scaled.sign() == rest.sign()).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_rounded_moment_has_few_levels_and_the_right_mean(bits):
+    optimizer = build("candidate", [weight_of(8, 8)], 1.0, 4, 10)
+    values = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    rounded = torch.stack([optimizer._rounded(values, bits) for _ in range(400)])
+    assert max(len(row.unique()) for row in rounded[0]) <= 2**bits - 1
+    step = values.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    assert ((rounded[0] - values).abs() <= step * 1.001).all()
+    assert ((rounded.mean(0) - values).abs() <= 0.15 * step).all()  # six standard errors
+
+
+def test_an_unknown_setting_of_a_candidate_is_an_error():
+    with pytest.raises(ValueError, match="no moments; it has moment, subspace"):
+        build("candidate", [weight_of(8, 8)], 1.0, 4, 10, moments="full")
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])

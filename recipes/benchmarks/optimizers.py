@@ -10,6 +10,7 @@ from torch import nn
 
 from fira_hf import FiraAdamW
 from recipes.benchmarks import peers
+from recipes.benchmarks.candidates import Candidate
 
 Matrices = list[nn.Parameter]
 
@@ -117,7 +118,13 @@ BUILDERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "fira_hf": _fira_hf,
     "fira_hf-dense": _dense,
 }
+
+
 # Compared by `quality` alone: their steps are not written to be timed.
+def _candidate(matrices: Matrices, lr: float, rank: int, gap: int, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    return Candidate(matrices, lr, rank=rank, update_proj_gap=gap, **settings)
+
+
 QUALITY: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw-8bit": _adamw_8bit,
     "muon-int8": _int8_muon,
@@ -125,4 +132,5 @@ QUALITY: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "scale": _scale,
     "sumo": _sumo,
     "frugal": _frugal,
+    "candidate": _candidate,
 }
