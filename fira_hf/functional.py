@@ -254,10 +254,10 @@ def orthogonalized(X: Tensor, add: Add = None) -> Tensor:
     gram = X.mT @ X
     gram = gram if add is None else add(gram)
     square = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_(min=TINY).view(-1, 1, 1)
-    A, eye = gram / square, torch.eye(X.shape[2], device=X.device)
-    whole = eye
+    A, eye = gram / square, torch.eye(X.shape[2], device=X.device).expand_as(gram)
+    whole, a_eye = eye, a * eye
     for _ in range(NEWTON_SCHULZ_STEPS):
-        factor = torch.addcmul(a * eye, A, torch.full((), b, device=A.device)) + c * (A @ A)
+        factor = torch.baddbmm(A, A, A, beta=b, alpha=c).add_(a_eye)
         whole, A = whole @ factor, factor @ A @ factor  # all are polynomials of one matrix: they commute
     return X @ (whole / square.sqrt())
 
