@@ -506,6 +506,21 @@ def test_the_command_trains_on_the_embedded_text_in_two_processes_and_is_reporte
     for kind in ("tokens", "state", "distance"):
         assert (pages / "benchmarks" / f"quality-{kind}.png").stat().st_size > 10_000
 
+    # What is gathered is known elsewhere: of the same command nothing is run again, and one run more is one run.
+    known, other = pages / "benchmarks" / "quality.json", tmp_path / "other"
+    words = ["--size", "tiny", "--batch", "256", "--steps", "8", "--output_dir", str(other), "--known", str(known)]
+    words += ["--workers", "1"]
+    assert command.main([*words, "--methods", "adamw,sinkgd", "--rates", "3e-3,1e-2,3e-2"]) == 0
+    assert len(list(other.glob("*.json"))) == 12 + 2
+    again = files.read_json(other / "fira-hf-tiny-b256-s8-lr0.01-seed1.json")
+    assert again.keys() == one.keys() and again["provenance"].keys() == one["provenance"].keys()
+    assert {k: again[k] for k in one if k not in ("history", "seconds", "provenance")} == {
+        k: one[k] for k in one if k not in ("history", "seconds", "provenance")
+    }
+    assert again["history"] == [{**point, "loss": round(point["loss"], 4)} for point in one["history"]]
+    assert command.main([*words[:-4], "--known", str(tmp_path / "none.json"), "--rates", "1e-2"]) == 2
+    assert "holds no gathered runs" in capsys.readouterr().err
+
 
 def test_the_table_says_what_the_runs_say(folder, trainer, tmp_path):
     run(Plan(folder, list(folder.methods), TINY, [0, 1], search=True))

@@ -9,7 +9,8 @@
 
 Seeds beyond the first run at the best rate, and at those that --rates names. A run is a JSON file in --output_dir and
 is not run again: the same command goes on where it was interrupted, and several commands can share a folder.
-`python -m recipes.benchmarks.report --gather runs/quality` makes tables and pictures of them.
+`python -m recipes.benchmarks.report --gather runs/quality` makes tables and pictures of them, and one JSON. Another
+experiment begins with the runs of such a JSON by --known, so that a method of one's own stands beside them at once.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from recipes import errors
+from recipes import errors, files
 from recipes.benchmarks.optimizers import build
 from recipes.benchmarks.quality.plan import ADAMW, AROUND, METHODS, Folder, Plan, read_methods
+from recipes.benchmarks.quality.report import scatter
 from recipes.benchmarks.quality.train import Regime, load
 from recipes.benchmarks.quality.work import share
 from recipes.pretraining.settings import EMBEDDED
@@ -77,6 +79,7 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--searched", default="1m,4096,400", help="where --rates around begins: size,batch,steps")
+    parser.add_argument("--known", type=Path, help="a gathered JSON: its runs are taken for done")
     parser.add_argument("--methods_file", type=Path, default=METHODS, help="what the methods are")
     options = parser.parse_args(words)
     try:
@@ -98,6 +101,11 @@ def read_plan(options: argparse.Namespace) -> Plan:
         raise ValueError(f"--searched is {options.searched!r}; write size,batch,steps as in 1m,4096,400.")
     rates = [read_rate(word) for word in options.rates.split(",") if word]
     folder = Folder(options.output_dir, load(options.data), methods)
+    if options.known is not None:
+        known = files.read_json(options.known)
+        if not known or "regimes" not in known:
+            raise ValueError(f"--known is {options.known}, which holds no gathered runs.")
+        scatter(known, options.output_dir)
     searched = Regime(size, int(batch), int(steps))
     plan = Plan(folder, chosen, regime, read_seeds(options.seeds), options.search, rates, searched)
     missing = not_installed({name: methods[name] for name in chosen})

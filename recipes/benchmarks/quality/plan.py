@@ -91,7 +91,11 @@ class Run:
 
     @property
     def name(self) -> str:
-        return f"{self.method}-{self.regime}-lr{self.lr:g}-seed{self.seed}"
+        return name_of(self.method, self.regime, self.lr, self.seed)
+
+
+def name_of(method: str, regime: Regime, lr: float, seed: int) -> str:
+    return f"{method}-{regime}-lr{lr:g}-seed{seed}"
 
 
 @dataclass

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes import files, report
-from recipes.benchmarks.quality.plan import ADAMW, GRID, at, best
+from recipes.benchmarks.quality.plan import ADAMW, GRID, at, best, name_of
+from recipes.benchmarks.quality.train import Regime
 
 MUON = "muon"  # beside AdamW, what methods are measured against
 SHARED = ("data", "sequence_length", "dense_lr")
@@ -49,6 +50,29 @@ def gather(folder: Path) -> dict[str, Any]:
             }
         )
     return about | {"methods": methods, "regimes": list(regimes.values()), "provenance": origins}
+
+
+def scatter(content: dict[str, Any], folder: Path) -> None:
+    """The runs of a gathered JSON as the files that they were, but for those that are there."""
+    about = {key: content[key] for key in SHARED}
+    for regime in content["regimes"]:
+        shape = {key: regime[key] for key in ("size", "batch", "steps", "parameters", "tokens")}
+        for name, own in regime["methods"].items():
+            settings = {key: value for key, value in content["methods"][name].items() if key != "label"}
+            cost = {key: own[key] for key in ("rank", "state_bytes", "bytes_a_weight")}
+            for run in own["runs"]:
+                path = folder / f"{name_of(name, Regime(*list(shape.values())[:3]), run['lr'], run['seed'])}.json"
+                if path.is_file():
+                    continue
+                origin = content["provenance"][run["provenance"]]
+                provenance = {key: value for key, value in origin.items() if key != "dates"}
+                result = {"method": name, "label": content["methods"][name]["label"], "settings": settings}
+                result |= about | shape | cost | {key: run[key] for key in ("lr", "seed", "loss", "seconds")}
+                result["status"] = "diverged" if run["loss"] is None else "ok"
+                points = zip(regime["evaluated"], run["history"], strict=False)
+                result["history"] = [{"step": step, "loss": loss} for step, loss in points]
+                result["provenance"] = provenance | {"seed": run["seed"], "date": origin["dates"][-1]}
+                files.write_json(path, result)
 
 
 def _origin_of(run: dict[str, Any], origins: list[dict[str, Any]]) -> int:
