@@ -274,6 +274,7 @@ TABLES = {
     "basis": basis_table,
     "train": train_table,
     "quality": quality_table,
+    "candidates": quality.table,
     "sharded": bytes_table,
     "refresh": refresh_table,
     "scaling": scaling_table,
