@@ -126,16 +126,17 @@ def project(grads: Sequence[Tensor], bases: Sequence[Basis]) -> tuple[Tensor, Te
     """R = G Q, (B, long, r), and the norms of the rows of G, (B, long, 1), both fp32."""
     R = torch.empty(len(grads), len(grads[0]), rank_of(bases[0]), device=grads[0].device)
     for G, Q, out in zip(grads, bases, R, strict=True):
-        if isinstance(Q, range):
-            columns, places = within(Q, G.shape[1])
-            out.zero_()[:, places] = G[:, columns]
-        else:
-            product(G, Q.float(), out)
+        product(G, Q, out)
     return R, torch.stack([row_norms(G) for G in grads])
 
 
-def product(G: Tensor, Q: Tensor, out: Tensor) -> Tensor:
+def product(G: Tensor, Q: Basis, out: Tensor) -> Tensor:
     """out <- G Q in fp32, (long, short) x (short, r) -> (long, r). Other dtypes are converted in blocks."""
+    if isinstance(Q, range):
+        columns, places = within(Q, G.shape[1])
+        out.zero_()[:, places] = G[:, columns]
+        return out
+    Q = Q.float()
     if G.dtype == torch.float32:
         return torch.mm(G, Q, out=out)
     for block, rows in zip(row_blocks(G), row_blocks(out, like=G), strict=True):

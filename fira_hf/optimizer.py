@@ -290,7 +290,6 @@ class FiraAdamW(torch.optim.Optimizer):
         if shards:
             A, B = shards.spread(N.mul_(a).addcmul_(B, R, value=-k), B, long)
             low_rank, a = (A, None), torch.ones_like(eta)
-        has_residual = group["residual"] != "none"
         is_rounded = rounds_weight(matrices[0].parameter, group)
         ops.apply_updates(
             [matrix.tall(matrix.weight) for matrix in matrices],
@@ -298,7 +297,7 @@ class FiraAdamW(torch.optim.Optimizer):
             *low_rank,
             a,
             k,
-            B if has_residual else None,
+            B if s else None,
             bases,
             1 - group["lr"] * group["weight_decay"],
             active,

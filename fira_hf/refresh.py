@@ -30,18 +30,14 @@ def refresh(
     """
     if group["projection"] == "columns":
         # A choice of columns needs no gradient: on every device the next one's turn comes by calls.
-        begun = [matrix for matrix in matrices if matrix.begun]
-        for matrix in begun:
-            is_due = (matrix.phase(group) - matrix.state["calls"]) % group["update_proj_gap"] == 0
-            if is_due and group["moments"] == "rotated" and group["rank"] < min(matrix.shape):
+        for matrix in (m for m in matrices if m.begun and m.is_due_by_calls(group)):
+            if group["moments"] == "rotated" and group["rank"] < min(matrix.shape):
                 matrix.forget(group)  # the old columns have no part in the new ones
         for matrix in _due([matrix for matrix in matrices if not matrix.begun], group, first_states):
             matrix.begin(None, group)
         return
     if matrices and matrices[0].parameter.device.type != "cpu" and group["projection"] != "svd":
-        begun = [matrix for matrix in matrices if matrix.begun]
-        gap = group["update_proj_gap"]
-        _refine([m for m in begun if (m.phase(group) - m.state["calls"]) % gap == 0], group, process_group)
+        _refine([m for m in matrices if m.begun and m.is_due_by_calls(group)], group, process_group)
         matrices = [matrix for matrix in matrices if not matrix.begun]
     due = _due([matrix for matrix in matrices if not matrix.begun or matrix.refresh_in == 0], group, first_states)
     if not due:

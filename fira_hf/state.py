@@ -219,6 +219,10 @@ class Matrix:
         (count,) = F.stacked(self.parameter, group["split"])
         return first + group["update_proj_gap"] * self.place // count
 
+    def is_due_by_calls(self, group: dict[str, Any]) -> bool:
+        """Where calls count, and not updates: whether this one is that of a refresh."""
+        return bool((self.state["calls"] - self.phase(group)) % group["update_proj_gap"] == 0)
+
     def basis(self, group: dict[str, Any]) -> F.Basis:
         """The basis (short, r), or the columns of the short side that are the subspace now."""
         if group["projection"] != "columns":

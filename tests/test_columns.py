@@ -87,7 +87,7 @@ def test_every_step_against_the_equations(kind, residual, base):
     for t, gradient in enumerate(gradients(SHAPES[kind], 23)):
         p.grad = gradient
         optimizer.step()
-        ((first, *_),) = [columns_of(optimizer, p)[0]]
+        first = columns_of(optimizer, p)[0][0]
         if t % 5 == 0:
             state = {"residual_norm": state["residual_norm"]} if state else {}
             changes += 1

@@ -213,9 +213,9 @@ def test_the_parts_of_a_candidates_update():
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_rounded_moment_has_few_levels_and_the_right_mean(bits):
-    optimizer = build("candidate", [weight_of(8, 8)], 1.0, 4, 10)
-    values = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-    rounded = torch.stack([optimizer._rounded(values, bits) for _ in range(400)])
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(64, 32, generator=generator)
+    rounded = torch.stack([peers.decode(*peers.encode(values, 32, bits, generator), values) for _ in range(400)])
     assert max(len(row.unique()) for row in rounded[0]) <= 2**bits - 1
     step = values.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
     assert ((rounded[0] - values).abs() <= step * 1.001).all()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fira_hf.functional import orthogonalized
-from recipes.benchmarks.peers import TINY, Peer
+from recipes.benchmarks.peers import TINY, Peer, decode, encode
 
 # The settings of a candidate; methods name those that differ.
 DEFAULTS: dict[str, Any] = {
@@ -75,16 +75,16 @@ class Candidate(Peer):
             blocks = whole.view(m, n // rank, rank).transpose(0, 1)
             return 0.2 * math.sqrt(m) * orthogonalized(blocks).transpose(0, 1).reshape(m, n)
         of = G if whole is None else whole
-        is_due = step % group["update_proj_gap"] == 0
-        if is_due:
+        if step % group["update_proj_gap"] == 0:
             self._change_basis(of, state, rank, group)
         Q = state["basis"]
-        Z = self._moment(state, G @ Q, group) if whole is None else whole @ Q
+        R = of @ Q
+        Z = self._moment(state, R, group) if whole is None else R
         age = step % group["update_proj_gap"] + 1
         N = orthogonalized(Z[None])[0] * (1 - beta**age) ** group["warm"]
         update = N @ Q.T
         if group["residual"] != "none":
-            update = update + self._residual(of - of @ Q @ Q.T, Z, N, n - rank, state, group)
+            update = update + self._residual(of - R @ Q.T, Z, N, n - rank, state, group)
         return 0.2 * math.sqrt(m) * update
 
     def _moment(self, state: dict[str, Any], value: Tensor, group: dict[str, Any]) -> Tensor:
@@ -93,16 +93,8 @@ class Candidate(Peer):
             state["moment"] = torch.zeros_like(value)
         M = state["moment"].lerp_(value, 1 - group["beta"])
         if group["bits"]:
-            M.copy_(self._rounded(M, group["bits"]))
+            M.copy_(decode(*encode(M, 32, group["bits"], self.generator), M))
         return M.lerp(value, 1 - group["beta"]) if group["nesterov"] else M.clone()
-
-    def _rounded(self, M: Tensor, bits: int, block: int = 32) -> Tensor:
-        """To the nearest two of 2^bits - 1 levels of a block of 32, at random, so that the mean is M."""
-        most = 2 ** (bits - 1) - 1
-        blocks = nn.functional.pad(M.flatten(), (0, -M.numel() % block)).view(-1, block)
-        scales = blocks.abs().amax(1, keepdim=True).clamp(min=TINY) / most
-        codes = (blocks / scales + torch.rand(blocks.shape, generator=self.generator)).floor().clamp(-most, most)
-        return (codes * scales).flatten()[: M.numel()].view_as(M)
 
     def _change_basis(self, of: Tensor, state: dict[str, Any], rank: int, group: dict[str, Any]) -> None:
         n = of.shape[1]

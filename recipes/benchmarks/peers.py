@@ -133,12 +133,20 @@ class Int8Muon(torch.optim.Muon):
             state["codes"], state["scales"] = encode(state.pop("momentum_buffer"))
 
 
-def encode(values: Tensor, block: int = 256) -> tuple[Tensor, Tensor]:
-    """int8 codes (blocks, block), and each block's largest magnitude over 127."""
+def encode(
+    values: Tensor, block: int = 256, bits: int = 8, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes of so many bits, in int8, (blocks, block), and the step between two of them in each block.
+
+    To the nearest; with a generator to one of the two neighbours at random, so that the mean is the value.
+    """
+    most = 2 ** (bits - 1) - 1
     flat = values.flatten()
     blocks = nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
-    scales = blocks.abs().amax(1, keepdim=True).clamp(min=TINY) / 127
-    return (blocks / scales).round().to(torch.int8), scales
+    scales = blocks.abs().amax(1, keepdim=True).clamp(min=TINY) / most
+    codes = blocks / scales
+    codes = codes.round() if generator is None else (codes + torch.rand(codes.shape, generator=generator)).floor()
+    return codes.clamp(-most, most).to(torch.int8), scales
 
 
 def decode(codes: Tensor, scales: Tensor, like: Tensor) -> Tensor:

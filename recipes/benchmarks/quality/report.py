@@ -14,7 +14,10 @@ from recipes.benchmarks.quality.plan import ADAMW, GRID, at, best, name_of
 from recipes.benchmarks.quality.train import Regime
 
 MUON = "muon"  # beside AdamW, what methods are measured against
+# What runs have in common: all of a folder, those of a regime, and those of a method in it.
 SHARED = ("data", "sequence_length", "dense_lr")
+OF_REGIME = ("size", "batch", "steps", "parameters", "tokens")
+OF_METHOD = ("rank", "state_bytes", "bytes_a_weight")
 
 
 def gather(folder: Path) -> dict[str, Any]:
@@ -33,11 +36,11 @@ def gather(folder: Path) -> dict[str, Any]:
     methods: dict[str, dict[str, Any]] = {}
     for run in sorted(runs, key=lambda run: (run["parameters"], run["batch"], run["steps"], run["method"])):
         methods[run["method"]] = {"label": run["label"], **run["settings"]}
-        shape = {key: run[key] for key in ("size", "batch", "steps", "parameters", "tokens")}
+        shape = {key: run[key] for key in OF_REGIME}
         regime = regimes.setdefault(tuple(shape.values()), shape | {"evaluated": [], "methods": {}})
         steps = [point["step"] for point in run["history"]]
         regime["evaluated"] = max(regime["evaluated"], steps, key=len)
-        cost = {key: run[key] for key in ("rank", "state_bytes", "bytes_a_weight")}
+        cost = {key: run[key] for key in OF_METHOD}
         own = regime["methods"].setdefault(run["method"], cost | {"runs": []})
         own["runs"].append(
             {
@@ -56,12 +59,13 @@ def scatter(content: dict[str, Any], folder: Path) -> None:
     """The runs of a gathered JSON as the files that they were, but for those that are there."""
     about = {key: content[key] for key in SHARED}
     for regime in content["regimes"]:
-        shape = {key: regime[key] for key in ("size", "batch", "steps", "parameters", "tokens")}
+        shape = {key: regime[key] for key in OF_REGIME}
+        where = Regime(regime["size"], regime["batch"], regime["steps"])
         for name, own in regime["methods"].items():
             settings = {key: value for key, value in content["methods"][name].items() if key != "label"}
-            cost = {key: own[key] for key in ("rank", "state_bytes", "bytes_a_weight")}
+            cost = {key: own[key] for key in OF_METHOD}
             for run in own["runs"]:
-                path = folder / f"{name_of(name, Regime(*list(shape.values())[:3]), run['lr'], run['seed'])}.json"
+                path = folder / f"{name_of(name, where, run['lr'], run['seed'])}.json"
                 if path.is_file():
                     continue
                 origin = content["provenance"][run["provenance"]]
