@@ -27,6 +27,10 @@ GIB = 2**30
 COLUMNS = ("weights", "gradients", "optimizer_state", "activations", "total")
 
 
+# Settings of Fira that decide how large its state is, beside the rank.
+OF_STATE = ("state_dtype", "base_optimizer", "projection", "residual")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("fira-hf", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -42,9 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
             metavar="NAME",
             help=f"names of layers, exact or a dotted suffix (default: {ALL_LINEAR})",
         )
-        one.add_argument("--state_dtype", default=FiraConfig.state_dtype, help="of Fira (default: %(default)s)")
-        one.add_argument("--base_optimizer", default=FiraConfig.base_optimizer, help="of Fira (default: %(default)s)")
-        one.add_argument("--projection", default=FiraConfig.projection, help="of Fira (default: %(default)s)")
+        for name in OF_STATE:
+            one.add_argument(f"--{name}", default=getattr(FiraConfig, name), help="of Fira (default: %(default)s)")
     memory.add_argument(
         "--method", default=",".join(METHODS), help=f"one or more, with commas between (default: {','.join(METHODS)})"
     )
@@ -85,9 +88,7 @@ def memory(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
         options.target_modules,
         lora_rank=options.lora_rank,
         dtype=options.dtype,
-        state_dtype=options.state_dtype,
-        base_optimizer=options.base_optimizer,
-        projection=options.projection,
+        **{name: getattr(options, name) for name in OF_STATE},
         batch_size=options.batch_size,
         sequence_length=options.sequence_length,
         gradient_checkpointing=options.gradient_checkpointing,
@@ -98,8 +99,7 @@ def memory(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
 
 
 def inspect(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
-    names = ("rank", "target_modules", "state_dtype", "base_optimizer", "projection")
-    config = FiraConfig(**{name: getattr(options, name) for name in names})
+    config = FiraConfig(**{name: getattr(options, name) for name in ("rank", "target_modules", *OF_STATE)})
     model = build_on_meta(model_config, "float32")
     lines = [summarize(model, find_targets(model, config))]
     if options.checkpoint is not None:
@@ -117,7 +117,7 @@ def describe_checkpoint(folder: Path) -> str:
     projected = [state for state in states if "residual_norm" in state]
     if not projected:
         raise ValueError(f"--checkpoint {folder}: optimizer.pt holds no state of Fira.")
-    ranks = sorted({state["exp_avg"].shape[-1] for state in projected})
+    ranks = sorted({state.get("basis", state["exp_avg"]).shape[-1] for state in projected})
     steps = 1 + max(state["calls"] for state in projected)
     return f"{path}: {held:,} bytes of state, rank {', '.join(map(str, ranks))}, after {steps} steps."
 

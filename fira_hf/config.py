@@ -20,11 +20,25 @@ LAYERWISE = "fira_layerwise"
 
 # The settings in which the published code differs from the defaults: FiraConfig(**PUBLISHED), with the authors'
 # rank, alpha and learning rate, is their method. (For the 7B model they publish an interval of 500.)
-PUBLISHED: dict[str, Any] = {"projection": "svd", "refresh": "together", "moments": "kept", "update_proj_gap": 200}
+PUBLISHED: dict[str, Any] = {
+    "projection": "svd",
+    "refresh": "together",
+    "moments": "kept",
+    "update_proj_gap": 200,
+    "adjust_lr": "none",
+}
+# Muon's update where it matters, and of the rest its size by rows, from a moment in 4 bits.
+SUBSPACE_MUON: dict[str, Any] = {"base_optimizer": "muon", "residual": "moment", "state_dtype": "int4"}
+PRESETS = {"published": PUBLISHED, "subspace-muon": SUBSPACE_MUON}
 
 # What torch.compile, FSDP1 and activation checkpointing put into names, and what DDP and PEFT put before them.
 WRAPPERS = re.compile(r"(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
 PREFIXES = re.compile(r"^(?:module\.|base_model\.model\.)+")
+
+# state_dtype of a moment as codes with scales; what else a state holds is then bfloat16.
+PACKED = ("int8", "int4")
+# What residual="moment" needs: rows of one norm, a moment that is in no basis, a basis of what is largest of it.
+MOMENT_NEEDS = {"base_optimizer": "muon", "scaling": "column", "moments": "rotated", "projection": "power"}
 
 Check = Callable[[Any], bool]
 
@@ -125,8 +139,9 @@ RULES: dict[str, tuple[Check, str]] = {
     "moments": _is_one_of("kept", "rotated", "aligned"),
     "base_optimizer": _is_one_of("adamw", "lion", "adafactor", "muon"),
     "scaling": _is_one_of("column", "matrix", "none"),
-    "residual": _is_one_of("reference", "paper", "none"),
-    "state_dtype": _is_one_of("float32", "bfloat16"),
+    "residual": _is_one_of("reference", "paper", "none", "moment"),
+    "adjust_lr": _is_one_of("match_rms_adamw", "none"),
+    "state_dtype": _is_one_of("float32", "bfloat16", "int8", "int4"),
     "stochastic_rounding": (_is_bool, "True or False"),
     "target_modules": (
         lambda v: v == [] or _is_names(v),
@@ -180,16 +195,28 @@ def normalised(name: str, value: Any) -> Any:
     return kept
 
 
-def check_update(
-    alpha: float, residual: str, limiter: str, gamma: float | None, projection: str, moments: str
-) -> None:
-    """Raises ValueError, naming the settings, where valid ones contradict each other."""
+def check_update(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the settings, where valid ones of a projected group contradict each other."""
+    alpha, residual, limiter, gamma, projection, moments = (
+        settings[name] for name in ("alpha", "residual", "limiter", "gamma", "projection", "moments")
+    )
+    for name, value in MOMENT_NEEDS.items() if residual == "moment" else ():
+        if settings[name] != value:
+            raise ValueError(
+                f"{name}={settings[name]!r} does not go with residual='moment', which takes {name}={value!r}: leave "
+                "it out, or choose another residual."
+            )
+    if residual != "moment" and settings["state_dtype"] in PACKED:
+        raise ValueError(
+            f"state_dtype={settings['state_dtype']!r} is for the whole moment of residual='moment', not for "
+            f"residual={residual!r}: set state_dtype='bfloat16', or take the preset subspace-muon."
+        )
     if projection == "columns" and moments == "aligned":
         raise ValueError(
             "moments='aligned' turns a basis, and projection='columns' has none: set moments='rotated', by which "
             "moments begin anew in other columns, or 'kept'."
         )
-    if alpha == 0 and residual != "reference":
+    if alpha == 0 and residual in ("paper", "none", "moment"):
         raise ValueError(
             f"alpha=0 with residual={residual!r} would update nothing: set an alpha above 0, or residual='reference', "
             "which then applies the scaled gradient alone."
@@ -247,18 +274,25 @@ class FiraConfig:
         base_optimizer: what makes the low-rank update N of R and its moments. "adamw"; "lion" (arXiv 2302.06675): the
             sign of beta1 M + (1 - beta1) R, where M decays by beta2, without bias correction and eps; "adafactor":
             AdamW with the second moment of Adafactor (arXiv 1804.04235), which keeps its means over rows and columns;
-            "muon" (arXiv 2502.16982): the first moment (beta1, Nesterov), singular values brought near 1, scaled
-            so that AdamW's learning rates serve; beta2, eps and `correct_bias` have no part in it.
+            "muon" (arXiv 2502.16982): the first moment (beta1, Nesterov), singular values brought near 1; beta2, eps
+            and `correct_bias` have no part in it.
             Weights that are not projected are trained by AdamW whatever this is, with the same betas.
         scaling: the scale of the residual: one per row of the long side ("column", the paper's default), one per
             matrix ("matrix"), or 1 ("none").
         residual: "reference": alpha as in the published code, W -= eta (alpha N Q^T + phi (G - alpha R Q^T));
             "paper": as in the paper, W -= eta alpha (N Q^T + phi (G - R Q^T)), the same at alpha = 1; "none":
-            W -= eta alpha N Q^T, which is GaLore, or with projection="random" Flora.
+            W -= eta alpha N Q^T, which is GaLore, or with projection="random" Flora. "moment", with
+            base_optimizer="muon": the first moment is kept whole, in `state_dtype`; N is made of its part in the
+            subspace, and what is left of it is applied with the norms of its rows made equal (see `fira_hf.whole`).
         limiter: what becomes of the residual's norm, gamma = g. "growth": at most g times that of the step before;
             "shrink": g times its own plus 1 - g times that of the step before; "scale": g times its own.
-        state_dtype: of moments and basis, "float32" or "bfloat16". Moments in bf16 are rounded at random, without
-            which they could not follow betas near 1.
+        adjust_lr: what the learning rate of projected weights is multiplied by, apart from weight decay.
+            "match_rms_adamw": sqrt(short / rank), by which a low-rank update is as large as AdamW's of the whole
+            matrix, or 0.2 sqrt(long) where base_optimizer="muon" (arXiv 2502.16982): AdamW's learning rates serve at
+            any rank. "none": 1, as published.
+        state_dtype: of moments and basis, "float32" or "bfloat16"; with residual="moment" "int8" or "int4", too, for
+            the whole moment, and then "bfloat16" for the rest. Moments that are not fp32 are rounded at random,
+            without which they could not follow betas near 1.
         stochastic_rounding: whether updated bf16 weights are rounded at random to one of their two neighbours, the
             nearer the likelier, so that small updates are not lost; no effect on fp32 weights, refused for fp16.
         lr, betas, eps, weight_decay: those of AdamW; decay is decoupled. eps defaults to the published 1e-6.
@@ -288,6 +322,7 @@ class FiraConfig:
     scaling: str = "column"
     residual: str = "reference"
     limiter: str = "growth"
+    adjust_lr: str = "match_rms_adamw"
     state_dtype: str = "float32"
     stochastic_rounding: bool = False
     lr: float = 1e-3
@@ -308,7 +343,7 @@ class FiraConfig:
         for name in self.__dataclass_fields__:
             setattr(self, name, normalised(name, getattr(self, name)))
         self.betas = (self.betas[0], self.betas[1])
-        check_update(self.alpha, self.residual, self.limiter, self.gamma, self.projection, self.moments)
+        check_update(vars(self))
         if not self.target_modules and self.target_parameters is None:
             raise ValueError(
                 f"target_modules={self.target_modules!r} chooses nothing: name modules, or parameters in "
@@ -382,6 +417,7 @@ PROJECTED_DEFAULTS = _defaults(
     "scaling",
     "residual",
     "limiter",
+    "adjust_lr",
 )
 # How the matrices lie in a weight: fused parts along its output dimension, and whether it is stored (in, out).
 PROJECTED_DEFAULTS |= {"split": 1, "transposed": False}

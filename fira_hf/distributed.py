@@ -78,17 +78,17 @@ class Shards:
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def collect(self, R: Tensor, G_norms: Tensor) -> tuple[Tensor, Tensor]:
-        """Partial low-rank gradients (B, long, r) and row norms (B, long, 1) -> their sums, this process's rows."""
+    def collect(self, R: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+        """Partial low-rank gradients (B, long, r) and row norms (B, long, k) -> their sums, this process's rows."""
         if self.is_tall:
-            return R, G_norms
-        long = R.shape[1]
-        parts = _rows_first(torch.cat([R, G_norms.square()], dim=2), -(-long // self.count) * self.count)
+            return R, norms
+        long, rank = R.shape[1:]
+        parts = _rows_first(torch.cat([R, norms.square()], dim=2), -(-long // self.count) * self.count)
         rows = parts.new_empty(len(parts) // self.count, *parts.shape[1:])
         dist.reduce_scatter(rows, list(parts.chunk(self.count)), group=self.group)
         own = self.own(long)
         rows = rows[: own.stop - own.start].transpose(0, 1)
-        return rows[..., :-1].contiguous(), rows[..., -1:].sqrt()
+        return rows[..., :rank].contiguous(), rows[..., rank:].sqrt()
 
     def spread(self, A: Tensor, B: Tensor, long: int) -> tuple[Tensor, Tensor]:
         """A (B, rows, r) and B (B, rows, 1) of this process's rows -> of those that its part of the weight needs."""

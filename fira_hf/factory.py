@@ -8,12 +8,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig
 from .optimizer import FiraAdamW
+from .state import state_dtype_of
 from .targets import Skipped, TargetPlan, adamw_state_bytes, find_targets
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def build_optimizer(model: nn.Module, config: FiraConfig, params: Iterable[Any])
     names = {p: name for name, p in model.named_parameters()}
     shared = {name: getattr(config, name) for name in SHARED_DEFAULTS}
     of_projected = {name: getattr(config, name) for name in PROJECTED_DEFAULTS if name not in OF_TARGET}
-    itemsize = getattr(torch, config.state_dtype).itemsize
+    itemsize = state_dtype_of(config.state_dtype).itemsize
     projected, dense = [], []
     for group in groups:
         split = defaultdict(list)

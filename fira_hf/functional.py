@@ -17,8 +17,9 @@ any tensor of the weight's size exists, and the whole update is one product of r
 
     W <- (1 - lr wd) (W - eta [(alpha N - s c k phi R) Q^T + s c phi G]),      eta = lr sqrt(1 - b2^t) / (1 - b1^t)
 
-N and eta are Adam's; `direction` has the N of other base optimizers, whose eta is lr (Lion) or lr times a constant
-(Muon). With projection="columns" Q is a `range`: R is so many neighbouring columns of G, and N goes into those of W.
+N and eta are Adam's; `direction` has the N of other base optimizers, for Lion and Muon eta = lr. eta is multiplied by
+`rms_scale`, unless adjust_lr="none". With projection="columns" Q is a `range`: R is so many neighbouring columns of G,
+and N goes into those of W.
 (s, k) = (1, alpha) is the published code, (alpha, 1) is the paper, the same at alpha = 1; (0, 1) leaves S out.
 """
 
@@ -317,10 +318,14 @@ def limit(norm: Tensor, previous: Tensor, gamma: float | None, limiter: str = "g
     return c, c * norm
 
 
-def muon_scale(long: int, rank: int) -> float:
-    """What an update of singular values 1, (long, r), is multiplied with to have a root mean square of 0.2, as AdamW's
-    has, whose rates then serve (arXiv 2502.16982; "match_rms_adamw" in torch.optim.Muon)."""
-    return 0.2 * math.sqrt(max(long, rank))
+def rms_scale(base_optimizer: str, long: int, short: int, rank: int) -> float:
+    """What a low-rank update is multiplied with to be as large as AdamW's of the whole matrix, whose rates then serve.
+
+    The entries of N are of AdamW's size, but there are only long x r of them: sqrt(short / r). Muon's singular values
+    are 1, and with 0.2 sqrt(long) the root mean square is AdamW's 0.2 (arXiv 2502.16982; "match_rms_adamw" in
+    torch.optim.Muon).
+    """
+    return 0.2 * math.sqrt(long) if base_optimizer == "muon" else math.sqrt(short / rank)
 
 
 def bias_correction(beta: float, t: Tensor) -> Tensor:

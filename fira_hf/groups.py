@@ -39,7 +39,7 @@ def check_group(group: dict[str, Any]) -> None:
     for name in VALID if "rank" in group else GENERAL:
         group[name] = normalised(name, group.get(name, {**SHARED_DEFAULTS, **PROJECTED_DEFAULTS}.get(name)))
     if "rank" in group:
-        check_update(*(group[name] for name in ("alpha", "residual", "limiter", "gamma", "projection", "moments")))
+        check_update(group)
     group["betas"] = tuple(group["betas"])
     for p in group["params"]:
         check_weight(p, group)

@@ -52,7 +52,7 @@ def estimate_memory(
     the dtype of its weights, and with gradient checkpointing if that is switched on.
 
     Args:
-        config: what is projected, at which rank; of `state_dtype`, `base_optimizer` and `projection` only
+        config: what is projected, at which rank; of `state_dtype`, `base_optimizer`, `projection` and `residual` only
             Fira makes use.
         optimizer: "adamw" (torch's), "fira", "fira_layerwise", "galore" (galore_torch), "apollo" (apollo_torch) or
             "flora" (flora_opt, with momentum); by default Fira, or AdamW where there is no config.
@@ -184,6 +184,7 @@ def predict_memory(
     state_dtype: str = "float32",
     base_optimizer: str = "adamw",
     projection: str = "power",
+    residual: str = "reference",
     batch_size: int | None = None,
     sequence_length: int | None = None,
     gradient_checkpointing: bool = False,
@@ -191,8 +192,8 @@ def predict_memory(
     """Method, of `METHODS` -> `estimate_memory` of a causal language model of this configuration.
 
     Args:
-        rank, target_modules, state_dtype, base_optimizer, projection: as in `FiraConfig`. LoRA wraps the same targets,
-            and Fira on LoRA projects all of LoRA's matrices.
+        rank, target_modules, state_dtype, base_optimizer, projection, residual: as in `FiraConfig`. LoRA wraps the
+            same targets, and Fira on LoRA projects all of LoRA's matrices.
         lora_rank: of A and B; by default `rank`.
         dtype: of the weights.
 
@@ -206,6 +207,7 @@ def predict_memory(
         state_dtype=state_dtype,
         base_optimizer=base_optimizer,
         projection=projection,
+        residual=residual,
     )
     on_lora = replace(config, target_modules=ALL_LINEAR)
     lora_rank = rank if lora_rank is None else lora_rank

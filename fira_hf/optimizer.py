@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from . import functional as F
+from . import whole
 from .checkpoint import check_checkpoint, pairs
 from .config import FiraConfig
 from .distributed import agree, local, sharded_like, shards_of
@@ -23,6 +24,7 @@ from .state import (
     batches,
     create_state,
     first_states,
+    is_whole,
     loaded_state,
     matrices_of,
     misfit,
@@ -30,6 +32,7 @@ from .state import (
     rounding_seed,
     rounds_state,
     rounds_weight,
+    state_dtype_of,
     state_misfit,
 )
 
@@ -47,9 +50,9 @@ class FiraAdamW(torch.optim.Optimizer):
     matrix that are projected by themselves, and `transposed`, whether matrices are stored (in, out) as in GPT-2's
     `Conv1D`, not (out, in) as in `nn.Linear`: parts lie along `out`, and a basis of a square matrix spans `in`.
     It may set `alpha`, `update_proj_gap`, `gamma`, `limiter`, `projection`, `refresh`, `moments`, `base_optimizer`,
-    `scaling` and `residual`, which mean and default to what they do in `FiraConfig`. A group without `rank` is AdamW
-    by torch's formulas. Every group may set `state_dtype`, `stochastic_rounding` and `correct_bias`. With the settings
-    of `fira_hf.PUBLISHED` and fp32 weights, projected groups follow `fira==1.0.2` step for step.
+    `scaling`, `residual` and `adjust_lr`, which mean and default to what they do in `FiraConfig`. A group without
+    `rank` is AdamW by torch's formulas. Every group may set `state_dtype`, `stochastic_rounding` and `correct_bias`.
+    With the settings of `fira_hf.PUBLISHED` and fp32 weights, projected groups follow `fira==1.0.2` step for step.
 
     State, created at a weight's first gradient that is finite and not zero (long >= short: sides of the matrix;
     r = min(rank, short); moments and basis of `state_dtype`, whatever the weight's dtype, the scalars fp32; all kept
@@ -240,11 +243,13 @@ class FiraAdamW(torch.optim.Optimizer):
         long, short = max(matrices[0].shape), min(matrices[0].shape)
         if shards:
             bases = [shards.own_columns(Q, short) for Q in bases]
-        R, G_norms = ops.project(grads, bases)
+        wholes = [matrix.whole_moment(group) for matrix in matrices] if is_whole(group) else []
+        # The row norms are those of G; for a whole moment of X and G, of which X is to the step what G is elsewhere.
+        R, norms = whole.project(grads, wholes, bases, group["betas"][0]) if wholes else ops.project(grads, bases)
         if shards:
-            R, G_norms = shards.collect(R, G_norms)
+            R, norms = shards.collect(R, norms)
 
-        active: Tensor | None = F.are_usable(G_norms, add)
+        active: Tensor | None = F.are_usable(norms[..., -1:], add)
         assert active is not None
         if matrices[0].parameter.device.type == "cpu":
             # Here a look at the gradients costs nothing. Elsewhere the device decides by itself.
@@ -252,8 +257,9 @@ class FiraAdamW(torch.optim.Optimizer):
             if not keep:
                 return
             if len(keep) < len(matrices):
-                R, G_norms = R[keep], G_norms[keep]
+                R, norms = R[keep], norms[keep]
                 matrices, grads, bases = ([x[i] for i in keep] for x in (matrices, grads, bases))
+                wholes = [wholes[i] for i in keep] if wholes else []
             active = None
         for matrix in matrices:
             matrix.refresh_in = max(0, (matrix.refresh_in or 0) - 1)
@@ -262,22 +268,36 @@ class FiraAdamW(torch.optim.Optimizer):
         counts = torch.stack(steps).view(-1, 1, 1)
         base = group["base_optimizer"]
         is_corrected = group["correct_bias"] and base in ("adamw", "adafactor")
-        lr = group["lr"] * F.muon_scale(long, R.shape[2]) if base == "muon" else group["lr"]
+        lr = group["lr"]
+        if group["adjust_lr"] == "match_rms_adamw":
+            lr *= F.rms_scale(base, long, short, R.shape[2])
         eta = F.step_size(lr, group["betas"], counts if is_corrected else torch.inf * counts)
         if active is not None:
             mask = active.view(-1, 1, 1)
-            G_norms, eta = (torch.where(mask, x, 0.0) for x in (G_norms, eta))
-        moments = [[matrix[name] for matrix in matrices] for name in F.MOMENTS[base]]
-        seeds = None
-        if rounds_state(group):
-            seeds = [[matrix.rounding_seed(OF_MOMENTS + i) for matrix in matrices] for i in range(len(moments))]
-        N, R_norms, N_norms = ops.direction(base, R, moments, group["betas"], group["eps"], active, seeds, add)
+            norms, eta = (torch.where(mask, x, 0.0) for x in (norms, eta))
+        G_norms = norms[..., :1]
+        if wholes:
+            R = R if active is None else torch.where(mask, R, 0.0)
+            N = F.orthogonalized(R, add)
+            R_norms, N_norms = F.row_norms(R), F.row_norms(N)
+        else:
+            moments = [[matrix[name] for matrix in matrices] for name in F.MOMENTS[base]]
+            seeds = None
+            if rounds_state(group):
+                seeds = [[matrix.rounding_seed(OF_MOMENTS + i) for matrix in matrices] for i in range(len(moments))]
+            N, R_norms, N_norms = ops.direction(base, R, moments, group["betas"], group["eps"], active, seeds, add)
 
         # (s, k) of `functional`: how alpha enters the residual.
         alpha = group["alpha"]
-        s, k = {"reference": (1.0, alpha), "paper": (alpha, 1.0), "none": (0.0, 1.0)}[group["residual"]]
-        phi = F.residual_scale(N_norms, R_norms, group["scaling"], add)
-        norm = F.residual_norm(phi, G_norms, R_norms, k, add)
+        s, k = {"reference": (1.0, alpha), "paper": (alpha, 1.0), "none": (0.0, 1.0), "moment": (alpha, 1.0)}[
+            group["residual"]
+        ]
+        if wholes:
+            phi, left = whole.row_scale(G_norms, R_norms, long, short, R.shape[2])
+            norm = F.total_norms(left, add)
+        else:
+            phi = F.residual_scale(N_norms, R_norms, group["scaling"], add)
+            norm = F.residual_norm(phi, G_norms, R_norms, k, add)
         histories = [matrix["residual_norm"] for matrix in matrices]
         previous = torch.stack(histories).view(-1, 1, 1)
         c, limited_norm = F.limit(norm, previous, group["gamma"], group["limiter"])
@@ -287,25 +307,24 @@ class FiraAdamW(torch.optim.Optimizer):
 
         B, a = phi * (s * c * eta), alpha * eta
         low_rank: tuple[Tensor, Tensor | None] = (N, R)
-        if shards:
-            A, B = shards.spread(N.mul_(a).addcmul_(B, R, value=-k), B, long)
+        if shards or wholes:
+            A = N.mul_(a).addcmul_(B, R, value=-k)
+            A, B = shards.spread(A, B, long) if shards else (A, B)
             low_rank, a = (A, None), torch.ones_like(eta)
+        views = [matrix.tall(matrix.weight) for matrix in matrices]
+        decay = 1 - group["lr"] * group["weight_decay"]
         is_rounded = rounds_weight(matrices[0].parameter, group)
-        ops.apply_updates(
-            [matrix.tall(matrix.weight) for matrix in matrices],
-            grads,
-            *low_rank,
-            a,
-            k,
-            B if s else None,
-            bases,
-            1 - group["lr"] * group["weight_decay"],
-            active,
-            [matrix.rounding_seed() for matrix in matrices] if is_rounded else None,
-        )
+        weight_seeds = [matrix.rounding_seed() for matrix in matrices] if is_rounded else None
+        if wholes:
+            moment_seeds = [matrix.rounding_seed(OF_MOMENTS) for matrix in matrices] if rounds_state(group) else None
+            both = (weight_seeds, moment_seeds)
+            whole.apply_updates(views, grads, wholes, A, B, bases, decay, group["betas"][0], active, *both)
+        else:
+            b = B if s else None
+            ops.apply_updates(views, grads, *low_rank, a, k, b, bases, decay, active, weight_seeds)
         if self.track_statistics:
-            whole = F.total_norms(torch.stack([G_norms, R_norms, alpha * N_norms]), add)
-            self._add_statistics(whole[0], whole[1], whole[2], s * c * norm, c, active)
+            totals = F.total_norms(torch.stack([G_norms, R_norms, alpha * N_norms]), add)
+            self._add_statistics(totals[0], totals[1], totals[2], s * c * norm, c, active)
 
     def _step_dense(self, parameters: list[Any], group: dict[str, Any], first: dict[Any, dict[str, Any]]) -> None:
         """AdamW, which the device leaves out by itself where a gradient is not finite."""
@@ -334,7 +353,7 @@ class FiraAdamW(torch.optim.Optimizer):
         torch._foreach_add_(steps, [made.to(step.device) for step in steps])
 
     def _create_dense(self, p: Any, group: dict[str, Any], first: dict[str, Any]) -> None:
-        zeros = torch.zeros_like(local(p.detach()), dtype=getattr(torch, group["state_dtype"]))
+        zeros = torch.zeros_like(local(p.detach()), dtype=state_dtype_of(group["state_dtype"]))
         moments = {name: sharded_like(p, zeros.clone(), p.shape) for name in F.MOMENTS["adamw"]}
         self.state[p] = {"step": torch.zeros((), device=zeros.device), **moments, **first}
 

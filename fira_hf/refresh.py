@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 
 from . import functional as F
 from .distributed import broadcast, is_own, owners
-from .state import OF_REFRESH, Matrix, batches, operations, rounds_state, seed_of
+from .state import OF_REFRESH, Matrix, batches, is_whole, low_rank_moments, operations, rounds_state, seed_of
 from .subspace import find_bases, nearest_rotation, refine
 
 
@@ -47,7 +47,7 @@ def refresh(
     for matrix, shards in sharded.items():
         method, wait, seed = due.pop(matrix)
         previous = matrix["basis"].float() if matrix.begun else None
-        G = matrix.tall(matrix.grad)
+        G = matrix.tall(matrix.refreshed_from(group))
         _take(matrix, shards.find_basis(G, matrix.shape, rank, method, previous, seed), wait, group)
     owner = dict(zip(due, owners([matrix.weight.numel() for matrix in due], process_group), strict=True))
     own: dict[Matrix, Tensor | None] = {}
@@ -55,7 +55,8 @@ def refresh(
         chosen = (matrix for matrix in due if due[matrix][0] == method and is_own(owner[matrix], process_group))
         for batch in batches(chosen, rank):
             previous = [matrix["basis"].float() if matrix.begun else None for matrix in batch]
-            grads, batch_seeds = [matrix.grad for matrix in batch], [due[matrix][2] for matrix in batch]
+            grads = [matrix.refreshed_from(group) for matrix in batch]
+            batch_seeds = [due[matrix][2] for matrix in batch]
             bases = dict(zip(batch, find_bases(grads, rank, method, previous, batch_seeds), strict=True))
             if process_group is not None:
                 own |= bases
@@ -108,7 +109,8 @@ def _refine(due: list[Matrix], group: dict[str, Any], process_group: ProcessGrou
     found: dict[Matrix, tuple[Tensor, Tensor]] = {}
     for batch in batches((m for m in due if m.shards or is_own(owner[m], process_group)), group["rank"]):
         ops, shards = operations(batch[0].parameter), batch[0].shards
-        grads, previous = [matrix.tall(matrix.grad) for matrix in batch], [matrix["basis"] for matrix in batch]
+        grads = [matrix.tall(matrix.refreshed_from(group)) for matrix in batch]
+        previous = [matrix["basis"] for matrix in batch]
         seeds = [seed_of(matrix.state, matrix.place, matrix.state["calls"]) for matrix in batch]
         if shards:
             each = zip(grads, previous, seeds, strict=True)
@@ -139,12 +141,14 @@ def _change_basis(matrix: Matrix, Q: Tensor, good: Tensor | None, group: dict[st
     before = matrix["basis"].float()
     if good is not None:
         Q = torch.where(good, Q, before)
-    if group["moments"] == "aligned":
+    if is_whole(group):
+        pass  # its moment is in no basis
+    elif group["moments"] == "aligned":
         Q = Q @ nearest_rotation(Q.t() @ before)
     elif group["moments"] == "rotated":
         C = before.t() @ Q
         b1, b2 = (F.bias_correction(beta, matrix["step"]) for beta in group["betas"])
-        stored = [matrix[name] for name in F.MOMENTS[group["base_optimizer"]]]
+        stored = [matrix[name] for name in low_rank_moments(group)]
         moments = [moment.float() if good is None else moment.to(torch.float32, copy=True) for moment in stored]
         F.rotate_moments(group["base_optimizer"], moments, C, b2 / b1.square())
         for use, (old, new) in enumerate(zip(stored, moments, strict=True)):

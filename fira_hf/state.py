@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from . import functional as F
+from . import whole
+from .config import PACKED
 from .distributed import Shards, local, own_of_stack, sharded_like, shards_of
 
 # Matrices of one shape are taken together up to this many elements of their low-rank gradients: 4 MiB on the CPU;
@@ -64,12 +66,37 @@ def first_states(param_groups: list[dict[str, Any]]) -> dict[Any, dict[str, Any]
     return first
 
 
+def is_whole(group: Mapping[str, Any]) -> bool:
+    """Whether the first moment is as large as the weight, and lies as it does."""
+    return bool(group["residual"] == "moment")
+
+
+def low_rank_moments(group: Mapping[str, Any]) -> dict[str, tuple[bool, bool]]:
+    """What there is of `functional.MOMENTS` in the state of a projected weight."""
+    return {} if is_whole(group) else F.MOMENTS[group["base_optimizer"]]
+
+
+def state_dtype_of(state_dtype: str) -> torch.dtype:
+    """Of what is not kept as codes."""
+    dtype: torch.dtype = torch.bfloat16 if state_dtype in PACKED else getattr(torch, state_dtype)
+    return dtype
+
+
+def whole_moment(shape: Iterable[int], state_dtype: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """The tensors of a moment of this shape -> their shapes and dtypes."""
+    if state_dtype not in PACKED:
+        return {"exp_avg": (tuple(shape), state_dtype_of(state_dtype))}
+    codes, scales = whole.packed_shapes(tuple(shape), whole.BITS[state_dtype])
+    kind = torch.int8 if state_dtype == "int8" else torch.uint8
+    return {"exp_avg": (codes, kind), "exp_avg_scale": (scales, torch.bfloat16)}
+
+
 def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> State:
     """The state of a projected parameter, with no basis yet; `first` is its entry in `first_states`."""
     split, transposed = group["split"], group["transposed"]
     stack, shards = F.stacked(p, split), shards_of(p, split, transposed)
     long, short = F.long_and_short(p, split, transposed)
-    r, device, dtype = min(group["rank"], short), local(p.data).device, getattr(torch, group["state_dtype"])
+    r, device, dtype = min(group["rank"], short), local(p.data).device, state_dtype_of(group["state_dtype"])
     rows = shards.own(long) if shards else slice(0, long)
     own = (len(own_of_stack(p)) * split,) if p.ndim == 3 else stack
 
@@ -79,7 +106,13 @@ def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> State:
 
     state = State(first)
     state.refresh_in = [None] * stack[0] if stack else None
-    for name, (has_rows, has_columns) in F.MOMENTS[group["base_optimizer"]].items():
+    if is_whole(group):
+        own_shapes = whole_moment(local(p.data).shape, group["state_dtype"])
+        for name, (shape, kind) in whole_moment(p.shape, group["state_dtype"]).items():
+            # Codes of zero are those of any scale: it is zero.
+            part = torch.zeros(own_shapes[name][0], dtype=kind, device=device)
+            state[name] = sharded_like(p, part, shape)
+    for name, (has_rows, has_columns) in low_rank_moments(group).items():
         columns = r if has_columns else 1
         part = torch.zeros(*own, rows.stop - rows.start if has_rows else 1, columns, dtype=dtype, device=device)
         state[name] = sharded_like(p, part, (*stack, long, columns)) if has_rows else like_p(part)
@@ -114,18 +147,24 @@ def _refresh_in(p: Tensor, saved: dict[str, Any]) -> Any:
     return [None] * (own.start * split) + begun + [None] * (len(step) - own.stop * split)
 
 
+OF_SHAPES = ("rank", "split", "transposed", "base_optimizer", "projection", "residual", "state_dtype")
+
+
 @functools.cache
-def _shapes(
-    shape: torch.Size, rank: int | None, split: int, transposed: bool, base: str, has_basis: bool
-) -> dict[str, tuple[int, ...]]:
-    """The tensors in the state of a weight of this shape -> their shapes; `rank` is None where it is not projected."""
-    if rank is None:
+def _shapes(shape: torch.Size, *of_group: Any) -> dict[str, tuple[int, ...]]:
+    """The tensors in the state of a weight of this shape -> their shapes; its group's `OF_SHAPES`, or nothing."""
+    if not of_group:
         return {**dict.fromkeys(F.MOMENTS["adamw"], tuple(shape)), "step": ()}
+    group = dict(zip(OF_SHAPES, of_group, strict=True))
+    rank, split, transposed = (group[name] for name in ("rank", "split", "transposed"))
     weight = torch.empty(shape, device="meta")
     stack, (long, short) = F.stacked(weight, split), F.long_and_short(weight, split, transposed)
     r = min(rank, short)
-    moments = {k: (*stack, long if rows else 1, r if cols else 1) for k, (rows, cols) in F.MOMENTS[base].items()}
-    basis = {"basis": (*stack, short, r)} if has_basis else {}
+    low_rank = low_rank_moments(group).items()
+    moments = {k: (*stack, long if rows else 1, r if cols else 1) for k, (rows, cols) in low_rank}
+    if is_whole(group):
+        moments = {k: of for k, (of, _) in whole_moment(shape, group["state_dtype"]).items()}
+    basis = {"basis": (*stack, short, r)} if group["projection"] != "columns" else {}
     return {**moments, **basis, "residual_norm": stack, "step": stack}
 
 
@@ -160,10 +199,9 @@ def state_misfit(p: Any, state: Mapping[str, Any], group: Mapping[str, Any], els
             )
         if not isinstance(state.get("phase", 0), int):
             return "has an optimizer state as earlier versions saved it (phase is a list)"
-        settings = (group[name] for name in ("rank", "split", "transposed", "base_optimizer"))
-        shapes = _shapes(p.shape, *settings, group["projection"] != "columns")
+        shapes = _shapes(p.shape, *(group[name] for name in OF_SHAPES))
     else:
-        shapes = _shapes(p.shape, None, 1, False, "adamw", False)
+        shapes = _shapes(p.shape)
     device = local(p.data).device
     for name, shape in shapes.items():
         value = state.get(name)
@@ -211,6 +249,28 @@ class Matrix:
         is_tall = self.shards.is_tall if self.shards else self.shape[0] >= self.shape[1]
         return tensor if is_tall else tensor.t()
 
+    def whole_moment(self, group: dict[str, Any]) -> whole.Whole:
+        """Its first moment, where that is as large as the weight."""
+        stored = [local(self.state[name]) for name in ("exp_avg", "exp_avg_scale") if name in self.state]
+        split, transposed = (1, False) if self.shards else (group["split"], group["transposed"])
+        # Parts come as (out, in), and a moment is read as it is stored.
+        parts = [F.parts(tensor, split, transposed)[self.index or 0] for tensor in stored]
+        values, *scales = [part.t() for part in parts] if transposed else parts
+        is_tall = self.shards.is_tall if self.shards else self.shape[0] >= self.shape[1]
+        columns = self.weight.shape[0 if transposed else 1]
+        return whole.Whole(values, scales[0] if scales else None, columns, is_tall == transposed)
+
+    def refreshed_from(self, group: dict[str, Any]) -> Tensor:
+        """What a basis is found from, in the gradient's shape: the gradient, or X of a whole moment. The gradient
+        alone has too much noise for the directions in which the moment is large."""
+        if not is_whole(group) or not self.begun:
+            found: Tensor = self.grad
+            return found
+        G = self.tall(self.grad)
+        X = self.whole_moment(group).read(slice(0, len(G))).lerp_(G.float(), 1 - group["betas"][0] ** 2)
+        is_there = G.any().float()  # without a gradient there is no step, and no basis to find
+        return self.tall(X.mul_((self.shards.add(is_there) if self.shards else is_there) > 0))
+
     def phase(self, group: dict[str, Any]) -> int:
         """At which update, modulo the interval, the basis is due."""
         first: int = self.state["phase"]
@@ -252,7 +312,7 @@ class Matrix:
 
     def forget(self, group: dict[str, Any]) -> None:
         """Sets the moments to zero, and the count of updates by which their bias is corrected."""
-        for name in (*F.MOMENTS[group["base_optimizer"]], "step"):
+        for name in (*low_rank_moments(group), "step"):
             self[name].zero_()
 
     def rounding_seed(self, use: int = 0) -> int:

@@ -20,12 +20,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from .config import ALL_LINEAR, FiraConfig
-from .functional import MOMENTS, long_and_short, stacked
+from .functional import long_and_short, stacked
 from .layers import Layer, weights
+from .state import low_rank_moments, state_dtype_of, whole_moment
 
 FP32 = 4  # bytes
 
@@ -41,9 +41,7 @@ class Target:
     parameter: nn.Parameter = field(repr=False)
     rank: int
     alpha: float
-    state_itemsize: int = FP32
-    base_optimizer: str = "adamw"
-    projection: str = "power"
+    config: FiraConfig = field(default_factory=FiraConfig, repr=False)
     split: int = 1
     transposed: bool = False
 
@@ -62,11 +60,17 @@ class Target:
     @property
     def state_bytes(self) -> int:
         """For each matrix basis (but for "columns") and moments, and the fp32 scalars `step` and `residual_norm`."""
-        long, short = self._long_and_short
-        of_moments = MOMENTS[self.base_optimizer].values()
-        moments = sum((long if rows else 1) * (self.rank if columns else 1) for rows, columns in of_moments)
-        basis = 0 if self.projection == "columns" else short * self.rank
-        return self.matrices * (self.state_itemsize * (basis + moments) + 2 * FP32)
+        (long, short), config = self._long_and_short, self.config
+        group = vars(config)
+        moments = sum(
+            (long if rows else 1) * (self.rank if cols else 1) for rows, cols in low_rank_moments(group).values()
+        )
+        basis = 0 if config.projection == "columns" else short * self.rank
+        low_rank = self.matrices * (state_dtype_of(config.state_dtype).itemsize * (basis + moments) + 2 * FP32)
+        if config.residual != "moment":
+            return low_rank
+        kept = whole_moment(self.parameter.shape, config.state_dtype).values()
+        return low_rank + sum(math.prod(shape) * dtype.itemsize for shape, dtype in kept)
 
 
 @dataclass(eq=False)
@@ -275,14 +279,13 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
     if not targets:
         raise _none_left(config, layers, reasons)
 
-    itemsize = getattr(torch, config.state_dtype).itemsize
-    of_state = {"state_itemsize": itemsize, "base_optimizer": config.base_optimizer, "projection": config.projection}
+    itemsize = state_dtype_of(config.state_dtype).itemsize
     plan = TargetPlan([], [])
     kinds = {layer.weight: layer.kind for layer in everything}
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in model.named_parameters():
         if parameter in targets:
-            plan.projected.append(replace(targets[parameter], name=name, **of_state))
+            plan.projected.append(replace(targets[parameter], name=name, config=config))
         elif parameter.requires_grad:
             reason = reasons.get(parameter) or kinds[parameter]
             if parameter in reasons and parameter in embeddings:

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import OptimizerNames, ParallelMode
 
-from .config import ALL_LINEAR, LAYERWISE, PUBLISHED, FiraConfig, plain, unknown_name
+from .config import ALL_LINEAR, LAYERWISE, PRESETS, FiraConfig, plain, unknown_name
 from .factory import build_optimizer
 from .layers import linear_layers, weights
 from .layerwise import StepInBackward, step_in_backward
@@ -49,6 +49,7 @@ OPTIM_ARGS: dict[str, Callable[[str], Any]] = {
     "scaling": str,
     "residual": str,
     "limiter": str,
+    "adjust_lr": str,
     "correct_bias": _true_or_false,
     "state_dtype": str,
     "stochastic_rounding": _true_or_false,
@@ -56,7 +57,6 @@ OPTIM_ARGS: dict[str, Callable[[str], Any]] = {
     "config": str,
     "preset": str,
 }
-PRESETS = {"published": PUBLISHED}
 KINDS: dict[Any, str] = {int: "an integer", float: "a number", _true_or_false: "true or false"}
 # Settings that TrainingArguments carries already: FiraConfig's name -> theirs.
 TRAINER_ARGS = {
@@ -355,7 +355,8 @@ def config_from_args(args: TrainingArguments, model: nn.Module) -> FiraConfig:
 def parse_optim_args(given: Any) -> dict[str, Any]:
     """`"rank=128, alpha=0.25"`, a list of such texts, or a mapping -> typed settings.
 
-    `preset=published` stands for those of `PUBLISHED`. Values of a mapping that are no text are left to `FiraConfig`.
+    `preset=NAME` stands for those of `fira_hf.config.PRESETS`. Values of a mapping that are no text are left to
+    `FiraConfig`.
 
     Raises:
         ValueError: an entry is not `key=value`, a key is unknown or given twice, or a value is not of its type.

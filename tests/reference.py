@@ -26,6 +26,7 @@ def fira_step(
     limiter="growth",
     scaling="column",
     residual="reference",
+    adjust_lr="none",
     lr=1e-3,
     betas=(0.9, 0.999),
     eps=1e-6,
@@ -48,12 +49,16 @@ def fira_step(
     if step % update_proj_gap == 0:
         Q = torch.linalg.svd(G, full_matrices=False).Vh[:rank].T if basis is None else basis.to(dtype)
 
-    R = G @ Q
-
     def moving(name, beta, value):
         return beta * state.get(name, torch.zeros_like(value)) + (1 - beta) * value
 
-    if base_optimizer == "lion":
+    M = moving("exp_avg", betas[0], G) if residual == "moment" else None
+    G = G if M is None else betas[0] * M + (1 - betas[0]) * G
+    R = G @ Q
+
+    if M is not None:
+        moments, N, correct_bias = {"exp_avg": M}, newton_schulz(R), False
+    elif base_optimizer == "lion":
         N = moving("exp_avg", betas[0], R).sign()
         moments = {"exp_avg": moving("exp_avg", betas[1], R)}
         correct_bias = False
@@ -73,7 +78,10 @@ def fira_step(
         moments = {"exp_avg": moving("exp_avg", betas[0], R), "exp_avg_sq": moving("exp_avg_sq", betas[1], R**2)}
         N = moments["exp_avg"] / (moments["exp_avg_sq"].sqrt() + eps)
 
-    if scaling == "column":
+    if M is not None:
+        left = (G - R @ Q.T).norm(dim=1, keepdim=True)
+        phi = math.sqrt((Q.shape[0] - Q.shape[1]) / len(G)) / left
+    elif scaling == "column":
         phi = N.norm(dim=1, keepdim=True) / (R.norm(dim=1, keepdim=True) + 1e-8)
     elif scaling == "matrix":
         phi = N.norm() / (R.norm() + 1e-8)
@@ -95,10 +103,12 @@ def fira_step(
         S = S * (norm / S.norm())
     residual_norm = torch.tensor(math.inf, dtype=dtype) if negligible else S.norm()
 
-    applied = {"reference": 1.0, "paper": alpha, "none": 0.0}[residual] * S
-    eta = lr * 0.2 * math.sqrt(len(R)) if base_optimizer == "muon" else lr
+    applied = {"reference": 1.0, "paper": alpha, "none": 0.0, "moment": alpha}[residual] * S
+    eta = lr
+    if adjust_lr == "match_rms_adamw":
+        eta *= 0.2 * math.sqrt(len(R)) if base_optimizer == "muon" else math.sqrt(Q.shape[0] / Q.shape[1])
     if correct_bias:
-        eta = lr * math.sqrt(1 - betas[1] ** (step + 1)) / (1 - betas[0] ** (step + 1))
+        eta *= math.sqrt(1 - betas[1] ** (step + 1)) / (1 - betas[0] ** (step + 1))
     W = W - eta * (alpha * N @ Q.T + applied)
     W = W - lr * weight_decay * W
 

@@ -28,7 +28,10 @@ DEFAULTS: dict[str, Any] = {
     "growth": None,  # the most by which the residual's norm may grow from step to step
     "first": 1.0,  # what is left of the residual at the first step, where its growth begins
     "warm": 0.0,  # exponent of 1 - beta^age on a block's update, which begins small where a moment begins anew
-    "bits": None,  # of a full moment: 8 or 4, in blocks of 32, rounded at random
+    "bits": None,  # of a full moment: 8 or 4, in blocks of 32
+    "nearest": False,  # its codes are rounded to the nearest, not at random
+    "follows": "moment",  # what the leading directions are those of, with a full moment; or the "gradient"
+    "ahead": True,  # the residual of a full moment is that of X, not of the moment itself
     "nesterov": True,
     "beta": 0.9,
 }
@@ -76,7 +79,7 @@ class Candidate(Peer):
             return 0.2 * math.sqrt(m) * orthogonalized(blocks).transpose(0, 1).reshape(m, n)
         of = G if whole is None else whole
         if step % group["update_proj_gap"] == 0:
-            self._change_basis(of, state, rank, group)
+            self._change_basis(of if group["follows"] == "moment" else G, state, rank, group)
         Q = state["basis"]
         R = of @ Q
         Z = self._moment(state, R, group) if whole is None else R
@@ -84,7 +87,8 @@ class Candidate(Peer):
         N = orthogonalized(Z[None])[0] * (1 - beta**age) ** group["warm"]
         update = N @ Q.T
         if group["residual"] != "none":
-            update = update + self._residual(of - R @ Q.T, Z, N, n - rank, state, group)
+            of = of if group["ahead"] else state["moment"]
+            update = update + self._residual(of - of @ Q @ Q.T, Z, N, n - rank, state, group)
         return 0.2 * math.sqrt(m) * update
 
     def _moment(self, state: dict[str, Any], value: Tensor, group: dict[str, Any]) -> Tensor:
@@ -93,7 +97,7 @@ class Candidate(Peer):
             state["moment"] = torch.zeros_like(value)
         M = state["moment"].lerp_(value, 1 - group["beta"])
         if group["bits"]:
-            M.copy_(decode(*encode(M, 32, group["bits"], self.generator), M))
+            M.copy_(decode(*encode(M, 32, group["bits"], None if group["nearest"] else self.generator), M))
         return M.lerp(value, 1 - group["beta"]) if group["nesterov"] else M.clone()
 
     def _change_basis(self, of: Tensor, state: dict[str, Any], rank: int, group: dict[str, Any]) -> None:

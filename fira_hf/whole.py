@@ -1,0 +1,167 @@
+r"""A first moment of the weight's own size, in fp32, bf16, or codes of 8 or 4 bits: for residual="moment".
+
+With M the moment before the step and b = beta1,
+
+    M' = b M + (1 - b) G,    X = b M' + (1 - b) G = b^2 M + (1 - b^2) G      (Nesterov),
+
+X takes the place of G in `functional`: Z = X Q is what base_optimizer="muon" makes N of, and the residual is the rest
+of X, each row brought to the norm that it would have if the rest's singular values were 1, too:
+
+    W <- (1 - lr wd) (W - eta [(N - phi Z) Q^T + phi X]),    phi_i = sqrt((short - r) / long) / ||X_i - Z_i Q^T||
+
+The first pass, `project`, reads gradient and moment and writes neither; the second, `apply_updates`, reads both again
+and writes weight and moment. X exists block by block.
+
+Codes: 32 neighbours along the last dimension of the weight as it is stored share a scale (bf16), their largest
+absolute value divided by 127 or 7, and are integers of that range, rounded at random so that their mean is the value.
+Of 4-bit codes a byte holds those of i (low) and i + 16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import functional as F
+
+BITS = {"int8": 8, "int4": 4}
+GROUP = 32  # values with one scale
+
+
+def packed_shapes(shape: Sequence[int], bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of codes (int8, or uint8 with two 4-bit codes) and scales (bf16) of a tensor; groups are filled up."""
+    *outer, last = shape
+    groups = -(-last // GROUP)
+    return (*outer, groups * GROUP * bits // 8), (*outer, groups)
+
+
+def encode(values: Tensor, bits: int, draws: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and scales of fp32 values (..., n); to the nearest without `draws`. NaN and infinities have none."""
+    most, n = 2 ** (bits - 1) - 1, values.shape[-1]
+    values = torch.nn.functional.pad(values, (0, -n % GROUP)).unflatten(-1, (-1, GROUP))
+    scales = (values.abs().amax(-1) / most).clamp_(min=F.TINY).bfloat16()
+    codes = values / scales.float().unsqueeze(-1)
+    if draws is None:
+        codes = codes.round_()
+    else:
+        codes = codes.add_(torch.rand(codes.shape, device=codes.device, generator=draws)).floor_()
+    codes = codes.clamp_(-most, most)  # a scale is rounded, too
+    if bits == 8:
+        return codes.to(torch.int8).flatten(-2), scales
+    low, high = codes.add_(8).to(torch.uint8).chunk(2, dim=-1)
+    return high.bitwise_left_shift(4).bitwise_or_(low).flatten(-2), scales
+
+
+def decode(codes: Tensor, scales: Tensor, n: int) -> Tensor:
+    """fp32 (..., n); bits are those of the dtype."""
+    if codes.dtype == torch.uint8:
+        pairs = codes.unflatten(-1, (-1, GROUP // 2))
+        values = torch.cat([pairs & 15, pairs >> 4], dim=-1).to(torch.float32).sub_(8)
+    else:
+        values = codes.unflatten(-1, (-1, GROUP)).to(torch.float32)
+    return values.mul_(scales.float().unsqueeze(-1)).flatten(-2)[..., :n]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The moment of one matrix, as it is stored: values (rows, columns), or codes and scales of so many.
+
+    is_turned: with its long side first the matrix is the transposed of what is stored. Blocks of rows that are read or
+    written then have to begin at a multiple of `GROUP`.
+    """
+
+    values: Tensor
+    scales: Tensor | None
+    columns: int
+    is_turned: bool
+
+    def _part(self, rows: slice) -> tuple[Tensor, Tensor | None, int]:
+        if not self.is_turned:
+            return self.values[rows], None if self.scales is None else self.scales[rows], self.columns
+        if self.scales is None:
+            return self.values[:, rows], None, 0
+        per_byte = GROUP * self.scales.shape[1] // self.values.shape[1]
+        codes = self.values[:, rows.start // per_byte : -(-rows.stop // GROUP) * GROUP // per_byte]
+        return codes, self.scales[:, rows.start // GROUP : -(-rows.stop // GROUP)], rows.stop - rows.start
+
+    def read(self, rows: slice) -> Tensor:
+        """Rows of the matrix with its long side first, a copy in fp32."""
+        values, scales, columns = self._part(rows)
+        found = values.to(torch.float32, copy=True) if scales is None else decode(values, scales, columns)
+        return found.t() if self.is_turned else found
+
+    def write(self, rows: slice, new: Tensor, active: Tensor | None, draws: torch.Generator | None) -> None:
+        """`active`: 0-dim bool on the device; where it is False, everything stays."""
+        values, scales, _ = self._part(rows)
+        new = new.t() if self.is_turned else new
+        if scales is None:
+            F.store(values, new if active is None else torch.where(active, new, values), draws)
+            return
+        for old, coded in zip(
+            (values, scales), encode(new, 8 if values.dtype == torch.int8 else 4, draws), strict=True
+        ):
+            old.copy_(coded if active is None else torch.where(active, coded, old))
+
+
+def _blocks(G: Tensor) -> Iterator[slice]:
+    """Rows that are taken together: about `functional.BLOCK` elements, in whole groups; on an accelerator all."""
+    long, short = G.shape
+    size = long if G.device.type != "cpu" else max(1, F.BLOCK // max(1, short) // GROUP) * GROUP
+    for start in range(0, long, max(1, size)):
+        yield slice(start, min(long, start + size))
+
+
+def project(
+    grads: Sequence[Tensor], moments: Sequence[Whole], bases: Sequence[F.Basis], beta: float
+) -> tuple[Tensor, Tensor]:
+    """Z = X Q, (B, long, r), and the norms of the rows of X and of G, (B, long, 2), both fp32. Writes nothing."""
+    Z = torch.empty(len(grads), len(grads[0]), F.rank_of(bases[0]), device=grads[0].device)
+    norms = Z.new_empty(len(grads), Z.shape[1], 2)
+    for i, (G, M, Q) in enumerate(zip(grads, moments, bases, strict=True)):
+        for rows in _blocks(G):
+            g = G[rows].float()
+            x = M.read(rows).lerp_(g, 1 - beta**2)
+            F.product(x, Q, Z[i, rows])
+            norms[i, rows] = torch.cat([F.row_norms(x), F.row_norms(g)], dim=1)
+    return Z, norms
+
+
+def row_scale(X_norms: Tensor, Z_norms: Tensor, long: int, short: int, rank: int) -> tuple[Tensor, Tensor]:
+    """phi, (B, long, 1), and the norms of the rows of the residual, which are alike.
+
+    A row whose rest is below a thousandth of it is left small: there the closed form is rounding noise.
+    """
+    left = (X_norms.square() - Z_norms.square()).clamp_(min=0).sqrt_()
+    phi = math.sqrt((short - rank) / long) / left.maximum(F.NEGLIGIBLE * X_norms).clamp_(min=F.TINY)
+    return phi, phi * left
+
+
+def apply_updates(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    moments: Sequence[Whole],
+    A: Tensor,
+    B: Tensor,
+    bases: Sequence[F.Basis],
+    decay: float,
+    beta: float,
+    active: Tensor | None,
+    seeds: Sequence[int] | None,
+    moment_seeds: Sequence[int] | None,
+) -> None:
+    """W <- decay (W - A Q^T - B X), M <- M', in place for each matrix. A: (B, long, r), B: (B, long, 1), fp32.
+
+    `active`, `seeds` (of weights), `moment_seeds`: one for each matrix, or None; see `functional.apply_update`.
+    """
+    for i, (W, G, M, Q) in enumerate(zip(weights, grads, moments, bases, strict=True)):
+        on = None if active is None else active[i]
+        draws = F.generator(W, seeds[i] if seeds else None)
+        draws_of_moment = F.generator(W, moment_seeds[i] if moment_seeds else None)
+        for rows in _blocks(G):
+            g, m = G[rows].float(), M.read(rows)
+            F.apply_update(W[rows], m.lerp(g, 1 - beta**2), A[i, rows], Q, B[i, rows], decay, on, draws)
+            M.write(rows, m.lerp_(g, 1 - beta), on, draws_of_moment)
