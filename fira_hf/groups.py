@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, check_update, normalised, unknown_name
+from .config import PACKED, PROJECTED_DEFAULTS, SHARED_DEFAULTS, check_update, normalised, unknown_name
+from .whole import GROUP
 
 ADAM_SETTINGS = ("lr", "betas", "eps", "weight_decay")
 GENERAL = (*ADAM_SETTINGS, *SHARED_DEFAULTS)
@@ -86,6 +87,13 @@ def check_weight(p: Tensor, group: dict[str, Any]) -> None:
         raise ValueError(
             f"Parameter group: split={group['split']} does not divide the output dimension of {name_of(p, group)}, of "
             f"shape {tuple(p.shape)}: only equal parts can be projected by themselves."
+        )
+    is_packed = group["residual"] == "moment" and group["state_dtype"] in PACKED
+    if is_packed and group["transposed"] and group["split"] > 1 and p.shape[-1] // group["split"] % GROUP:
+        raise ValueError(
+            f"Parameter group: split={group['split']} of {name_of(p, group)}, of shape {tuple(p.shape)} and stored "
+            f"transposed, gives parts whose width is no multiple of {GROUP}, so that codes of "
+            f"state_dtype={group['state_dtype']!r} would belong to two: set state_dtype='bfloat16' or no split."
         )
 
 

@@ -43,13 +43,15 @@ def encode(values: Tensor, bits: int, draws: torch.Generator | None = None) -> t
     """Codes and scales of fp32 values (..., n); to the nearest without `draws`. NaN and infinities have none."""
     most, n = 2 ** (bits - 1) - 1, values.shape[-1]
     values = torch.nn.functional.pad(values, (0, -n % GROUP)).unflatten(-1, (-1, GROUP))
-    scales = (values.abs().amax(-1) / most).clamp_(min=F.TINY).bfloat16()
+    scales = (values.abs().amax(-1) / most).clamp_(min=F.TINY)
+    # To the next bf16 above: cut off, the largest of a group would lose a part of itself at every step.
+    scales = scales.view(torch.int32).add_(2**16 - 1).bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
     codes = values / scales.float().unsqueeze(-1)
     if draws is None:
         codes = codes.round_()
     else:
         codes = codes.add_(torch.rand(codes.shape, device=codes.device, generator=draws)).floor_()
-    codes = codes.clamp_(-most, most)  # a scale is rounded, too
+    codes = codes.clamp_(-most, most)  # the quotient may be an ulp above, which at random would round up
     if bits == 8:
         return codes.to(torch.int8).flatten(-2), scales
     low, high = codes.add_(8).to(torch.uint8).chunk(2, dim=-1)

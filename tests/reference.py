@@ -80,7 +80,7 @@ def fira_step(
 
     if M is not None:
         left = (G - R @ Q.T).norm(dim=1, keepdim=True)
-        phi = math.sqrt((Q.shape[0] - Q.shape[1]) / len(G)) / left
+        phi = math.sqrt((Q.shape[0] - Q.shape[1]) / len(G)) / left.clamp(min=1e-30)
     elif scaling == "column":
         phi = N.norm(dim=1, keepdim=True) / (R.norm(dim=1, keepdim=True) + 1e-8)
     elif scaling == "matrix":

@@ -18,6 +18,8 @@ DEVICES = ["pretended", "cuda"] if torch.cuda.is_available() else ["pretended"]
 SETTINGS = [{}, {"scaling": "matrix"}, {"scaling": "none"}, {"gamma": None}, {"residual": "paper"}]
 SETTINGS += [{"base_optimizer": "lion"}, {"base_optimizer": "adafactor"}]
 SETTINGS += [{"base_optimizer": "muon", "projection": "columns", "moments": "rotated"}]
+WHOLE = {"base_optimizer": "muon", "residual": "moment", "projection": "power", "moments": "rotated"}
+SETTINGS += [WHOLE, {**WHOLE, "state_dtype": "int4"}]
 
 
 class Pretended(torch.nn.Parameter):

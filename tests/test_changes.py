@@ -18,6 +18,7 @@ KINDS = {
     "lion": ({"rank": 4, "base_optimizer": "lion"}, SHAPE),
     "adafactor": ({"rank": 4, "base_optimizer": "adafactor"}, SHAPE),
     "columns": ({"rank": 4, "projection": "columns", "base_optimizer": "muon"}, SHAPE),
+    "4 bits": ({"rank": 4, "base_optimizer": "muon", "residual": "moment", "state_dtype": "int4"}, SHAPE),
     "stack": ({"rank": 4}, (3, *SHAPE)),
     "parts": ({"rank": 4, "split": 2}, SHAPE),
 }

@@ -32,6 +32,7 @@ DEFAULTS = {
     "scaling": "column",
     "residual": "reference",
     "limiter": "growth",
+    "adjust_lr": "match_rms_adamw",
     "state_dtype": "float32",
     "stochastic_rounding": False,
     "lr": 1e-3,
@@ -43,6 +44,7 @@ DEFAULTS = {
 }
 # What the published code does where the defaults differ.
 PUBLISHED_HERE = {"projection": "svd", "refresh": "together", "moments": "kept", "update_proj_gap": 200}
+PUBLISHED_HERE |= {"adjust_lr": "none"}
 
 EVERY_FIELD_SET = {
     "rank": 8,
@@ -64,6 +66,7 @@ EVERY_FIELD_SET = {
     "scaling": "matrix",
     "residual": "paper",
     "limiter": "growth",
+    "adjust_lr": "none",
     "state_dtype": "bfloat16",
     "stochastic_rounding": True,
     "lr": 3e-4,
@@ -101,6 +104,7 @@ BAD_VALUES = [
     *[("correct_bias", value) for value in ("false", 0, None)],
     *[("scaling", value) for value in ("row", "Column", None, True)],
     *[("residual", value) for value in ("code", "", None)],
+    *[("adjust_lr", value) for value in ("original", None)],
     *[("projection", value) for value in ("qr", "SVD", "sketch", None)],
     *[("refresh", value) for value in ("Staggered", True, None)],
     *[("moments", value) for value in ("keep", None)],

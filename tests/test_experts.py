@@ -21,6 +21,7 @@ SHAPES = {"tall": (40, 24), "wide": (24, 40), "square": (24, 24)}
 EXPERTS = 3
 STEPS = 12
 GROUP = {**PUBLISHED, "rank": 6, "update_proj_gap": 5, "alpha": 0.25}
+WHOLE = {"projection": "power", "moments": "rotated", "base_optimizer": "muon", "residual": "moment"}
 SETTINGS = {
     "svd": {},
     "power": {"projection": "power", "moments": "rotated"},
@@ -29,6 +30,8 @@ SETTINGS = {
     "adafactor": {"projection": "power", "moments": "rotated", "base_optimizer": "adafactor"},
     "muon": {"projection": "power", "moments": "rotated", "base_optimizer": "muon"},
     "columns": {"projection": "columns", "moments": "rotated"},
+    "whole moment": WHOLE,
+    "4 bits": {**WHOLE, "state_dtype": "int4"},
     "random": {"projection": "random", "scaling": "matrix", "residual": "paper"},
     "bf16 state": {"state_dtype": "bfloat16"},
     "rounded at random": {"stochastic_rounding": True},
@@ -231,7 +234,7 @@ def test_a_checkpoint_of_other_experts_or_other_parts_is_refused():
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("transposed", [False, True], ids=["as Linear", "as Conv1D"])
-@pytest.mark.parametrize("shape", [(48, 10), (48, 40), (48, 16)], ids=["tall", "wide", "square parts"])
+@pytest.mark.parametrize("shape", [(96, 20), (96, 60), (96, 32)], ids=["tall", "wide", "square parts"])
 def test_the_parts_of_a_fused_matrix_train_as_separate_layers(shape, transposed, settings, one_seed):
     """A weight (out, in), or (in, out) if transposed, in three parts of (out / 3, in)."""
     fused = weight(shape)
@@ -249,12 +252,15 @@ def test_the_parts_of_a_fused_matrix_train_as_separate_layers(shape, transposed,
     whole = torch.cat([p.detach() for p in parts])
     if transposed:
         # The layouts differ, and with them the order of sums; a bf16 moment may be rounded to its other neighbour.
+        if settings.get("state_dtype") == "int4":  # other values share a scale
+            assert (fused.detach().t() - whole).norm() <= 0.4 * (whole - weight(shape)).norm()
+            return
         tolerance = 2e-3 if "state_dtype" in settings else 1e-6
         torch.testing.assert_close(fused.detach().t(), whole, rtol=0, atol=tolerance)
     else:
         assert torch.equal(fused, whole)
     assert not torch.equal(whole, weight(shape))
-    assert together.state[fused]["exp_avg"].shape[0] == 3
+    assert together.state[fused]["step"].shape == (3,)
 
 
 def test_a_stack_of_fused_matrices_has_its_parts_in_order(one_seed):

@@ -105,6 +105,7 @@ CASES = {
     "power, staggered": {
         "optim_args": "rank=4, update_proj_gap=3, projection=power, refresh=staggered, moments=rotated, dense_lr=1e-3"
     },
+    "a moment in 4 bits": {"optim_args": "preset=subspace-muon, rank=4, update_proj_gap=3"},
     "rounded at random": {
         "build": bf16,
         "optim_args": "rank=4, update_proj_gap=3, state_dtype=bfloat16, stochastic_rounding=true",

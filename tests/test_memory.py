@@ -135,6 +135,17 @@ def test_columns_have_no_basis():
     assert estimate_memory(model, FiraConfig(rank=4)).optimizer_state - predicted == 4 * saved
 
 
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8", "int4"])
+def test_a_whole_moment_in_every_dtype(state_dtype):
+    model = build_llama()
+    config = FiraConfig(rank=4, base_optimizer="muon", residual="moment", state_dtype=state_dtype)
+    optimizer = get_fira_optimizer(model, config)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert estimate_memory(model, config).optimizer_state == measure.state_bytes(optimizer)
+
+
 @pytest.mark.parametrize("base", ["lion", "adafactor", "muon"])
 def test_the_state_of_other_base_optimizers(base):
     """Of projected weights a moment, with Adafactor a number for each row and column beside it; the rest as ever."""

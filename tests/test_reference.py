@@ -89,7 +89,9 @@ def test_base_optimizers(kind, scaling, base_optimizer):
 @pytest.mark.parametrize("kind", ["tall", "wide", "square", "vector"])
 @pytest.mark.parametrize("base_optimizer", ["adamw", "lion", "adafactor", "muon"])
 def test_rates_of_adamws_size(kind, base_optimizer):
-    compare(LAYOUT[kind], rank=6, update_proj_gap=5, alpha=1.0, base_optimizer=base_optimizer, adjust_lr="match_rms_adamw")
+    compare(
+        LAYOUT[kind], rank=6, update_proj_gap=5, alpha=1.0, base_optimizer=base_optimizer, adjust_lr="match_rms_adamw"
+    )
 
 
 @pytest.mark.parametrize("kind", ["tall", "wide", "square"])
