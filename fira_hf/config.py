@@ -25,6 +25,7 @@ PUBLISHED: dict[str, Any] = {
     "refresh": "together",
     "moments": "kept",
     "update_proj_gap": 200,
+    "gamma": 1.01,
     "adjust_lr": "none",
 }
 # Muon's update where it matters, and of the rest its size by rows, from a moment in 4 bits.
@@ -246,8 +247,9 @@ class FiraConfig:
         alpha: scale of the low-rank update. What it does to the residual is set by `residual`. At 0 only the scaled
             gradient is left, W -= eta phi G (the paper's only-scaling), for residual="reference".
         update_proj_gap: optimizer steps between two refreshes of a basis; published are 200 and 500.
-        gamma: the limiter's number; by default the largest growth of the residual's norm from one step to the next.
-            None switches the limiter off.
+        gamma: the limiter's number; by default the largest growth of the residual's norm from one step to the next,
+            a bound on spikes. The published 1.01 is a schedule, too: the norm of the first step decides how large it
+            can be for hundreds of steps. None switches the limiter off.
         target_modules: "all-linear" (every linear layer but the output or classification head, and the stacked
             experts of a mixture), a list of names (exact, or a dotted suffix), or a regular expression that must
             match a module's full name.
@@ -306,7 +308,7 @@ class FiraConfig:
     rank: int = 128
     alpha: float = 1.0
     update_proj_gap: int = 10
-    gamma: float | None = 1.01
+    gamma: float | None = 2.0
     target_modules: str | list[str] = "all-linear"
     target_parameters: list[str] | None = None
     exclude_modules: str | list[str] | None = None

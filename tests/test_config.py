@@ -16,7 +16,7 @@ DEFAULTS = {
     "rank": 128,
     "alpha": 1.0,
     "update_proj_gap": 10,
-    "gamma": 1.01,
+    "gamma": 2.0,
     "target_modules": "all-linear",
     "target_parameters": None,
     "exclude_modules": None,
@@ -44,7 +44,7 @@ DEFAULTS = {
 }
 # What the published code does where the defaults differ.
 PUBLISHED_HERE = {"projection": "svd", "refresh": "together", "moments": "kept", "update_proj_gap": 200}
-PUBLISHED_HERE |= {"adjust_lr": "none"}
+PUBLISHED_HERE |= {"gamma": 1.01, "adjust_lr": "none"}
 
 EVERY_FIELD_SET = {
     "rank": 8,
@@ -171,7 +171,7 @@ def test_layers_to_transform_does_not_go_with_a_pattern():
         ({"alpha": 0.0, "residual": "paper"}, "alpha=0 with residual='paper'"),
         ({"alpha": 0.0, "residual": "none"}, "alpha=0 with residual='none'"),
         ({"gamma": 0.99}, "gamma=0.99 is not valid for limiter='growth'"),
-        ({"limiter": "shrink"}, "gamma=1.01 is not valid for limiter='shrink'"),
+        ({"limiter": "shrink"}, "gamma=2.0 is not valid for limiter='shrink'"),
         ({"limiter": "scale", "gamma": 2}, "gamma=2 is not valid for limiter='scale'"),
     ],
 )

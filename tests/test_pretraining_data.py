@@ -316,7 +316,7 @@ def test_the_published_settings(size):
     assert (training.weight_decay, training.adam_epsilon) == (0, 1e-6)
     assert training.optim_target_modules == ["attn", "mlp"]
     of_fira = load_settings(RECIPE, RECIPE.experiments / size / "fira-hf.yaml", {})
-    assert of_fira["optim_args"] == f"rank={rank}, alpha={alpha}"
+    assert of_fira["optim_args"] == f"rank={rank}, alpha={alpha}, gamma=1.01, adjust_lr=none"
     for method in ("galore", "apollo"):
         other = load_settings(RECIPE, RECIPE.experiments / size / f"{method}.yaml", {})
         assert other["optim_args"].startswith(f"rank={rank}, update_proj_gap={interval}, scale=")
