@@ -30,6 +30,7 @@ from . import functional as F
 
 BITS = {"int8": 8, "int4": 4}
 GROUP = 32  # values with one scale
+BLOCK = 2**18  # elements that are taken together: what is made of them stays in the cache
 
 
 def packed_shapes(shape: Sequence[int], bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -42,20 +43,29 @@ def packed_shapes(shape: Sequence[int], bits: int) -> tuple[tuple[int, ...], tup
 def encode(values: Tensor, bits: int, draws: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Codes and scales of fp32 values (..., n); to the nearest without `draws`. NaN and infinities have none."""
     most, n = 2 ** (bits - 1) - 1, values.shape[-1]
-    values = torch.nn.functional.pad(values, (0, -n % GROUP)).unflatten(-1, (-1, GROUP))
-    scales = (values.abs().amax(-1) / most).clamp_(min=F.TINY)
+    values = torch.nn.functional.pad(values, (0, -n % GROUP)) if n % GROUP else values
+    values = values.unflatten(-1, (-1, GROUP))
+    scales = torch.linalg.vector_norm(values, torch.inf, -1).div_(most).clamp_(min=F.TINY)
     # To the next bf16 above: cut off, the largest of a group would lose a part of itself at every step.
     scales = scales.view(torch.int32).add_(2**16 - 1).bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
     codes = values / scales.float().unsqueeze(-1)
     if draws is None:
         codes = codes.round_()
     else:
-        codes = codes.add_(torch.rand(codes.shape, device=codes.device, generator=draws)).floor_()
+        codes = codes.add_(_uniform(codes, draws)).floor_()
     codes = codes.clamp_(-most, most)  # the quotient may be an ulp above, which at random would round up
     if bits == 8:
         return codes.to(torch.int8).flatten(-2), scales
     low, high = codes.add_(8).to(torch.uint8).chunk(2, dim=-1)
     return high.bitwise_left_shift(4).bitwise_or_(low).flatten(-2), scales
+
+
+def _uniform(like: Tensor, draws: torch.Generator) -> Tensor:
+    """In [0, 1), of 8 random bits each, which is fine enough between two codes: eight of one draw of 64 bits."""
+    words = torch.empty(-(-like.numel() // 8), dtype=torch.int64, device=like.device).random_(
+        -(2**63), None, generator=draws
+    )
+    return words.view(torch.uint8)[: like.numel()].view(like.shape).to(torch.float32).add_(0.5).mul_(2**-8)
 
 
 def decode(codes: Tensor, scales: Tensor, n: int) -> Tensor:
@@ -112,7 +122,7 @@ class Whole:
 def _blocks(G: Tensor) -> Iterator[slice]:
     """Rows that are taken together: about `functional.BLOCK` elements, in whole groups; on an accelerator all."""
     long, short = G.shape
-    size = long if G.device.type != "cpu" else max(1, F.BLOCK // max(1, short) // GROUP) * GROUP
+    size = long if G.device.type != "cpu" else max(1, BLOCK // max(1, short) // GROUP) * GROUP
     for start in range(0, long, max(1, size)):
         yield slice(start, min(long, start + size))
 

@@ -93,7 +93,7 @@ def test_blocks_of_rows_change_nothing(kind, state_dtype, monkeypatch):
     """But for the draws, which are made block by block."""
     found = []
     for size in (2**20, 32):
-        monkeypatch.setattr(F, "BLOCK", size)
+        monkeypatch.setattr(whole, "BLOCK", size)
         monkeypatch.setattr(F, "generator", lambda like, seed: None)
         p = weight(SHAPES[kind])
         start = p.detach().clone()
