@@ -173,7 +173,7 @@ def test_muon_in_int8_is_near_muon():
 def test_every_candidate_goes_downhill(name, shape):
     """Of ||W||^2, in a dozen steps, also those that begin small."""
     method, p = CANDIDATES[name], weight_of(*shape)
-    optimizer = build("candidate", [p], 3e-2, method.get("rank") or 8, 3, **method.get("settings", {}))
+    optimizer = build(method["optimizer"], [p], 3e-2, method.get("rank") or 8, 3, **method.get("settings", {}))
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # as a schedule leaves it there
     before = p.norm()
@@ -539,7 +539,7 @@ def test_the_table_says_what_the_runs_say(folder, trainer, tmp_path):
     assert muon.beside(-1) == pytest.approx(1 + third) and muon.beside(1) == pytest.approx(1 + math.log(3))
     assert muon.by_rate[rows["adamw"].lr] == pytest.approx(1 + math.log(10))
     assert muon.curve == [1.5, 1.25] and math.isinf(late.by_rate[1e-3])
-    table = report.quality_table(content)
+    table = report.quality.table(content)
     assert "| muon | 1.000 (1.000 to 1.000) | 2 | 0.01 | 2.204 | 2.099 | 3.303 | 2.00 |" in table
     files.write_json(diverged, files.read_json(diverged) | {"data": {"name": "x", "digest": "y"}})
     with pytest.raises(ValueError, match="different texts"):

@@ -17,8 +17,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from recipes import errors, files, report
 from recipes.benchmarks.quality import plots
 from recipes.benchmarks.quality import report as quality
@@ -220,60 +218,12 @@ def cost_table(content: dict[str, Any]) -> str:
     return f"{markdown(header, counts)}\n\n{markdown(others, times)}"
 
 
-# Of the experiment before the present one, until its two files are replaced.
-def best_runs(content: dict[str, Any]) -> dict[str, dict[float, list[dict[str, Any]]]]:
-    """variant -> learning rate -> runs, in the order of the mean perplexity of the best learning rate."""
-    variants: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for run in content["runs"]:
-        variants[run["variant"]][run["lr"]].append(run)
-    return dict(sorted(variants.items(), key=lambda item: min(map(mean_perplexity, item[1].values()))))
-
-
-def mean_perplexity(runs: list[dict[str, Any]]) -> float:
-    """Over seeds; infinite if a run diverged."""
-    return statistics.mean(run["perplexity"] or float("inf") for run in runs)
-
-
-def quality_table(content: dict[str, Any]) -> str:
-    if "regimes" in content:
-        return quality.table(content)
-    rows = []
-    for variant, by_lr in best_runs(content).items():
-        best = min(by_lr, key=lambda lr: mean_perplexity(by_lr[lr]))
-        runs = by_lr[best]
-        values = [run["perplexity"] or float("inf") for run in runs]
-        spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-        others = "; ".join(f"{lr:g}: {mean_perplexity(by_lr[lr]):.1f}" for lr in sorted(by_lr))
-        state = f"{runs[0]['state_bytes'] / 2**20:.2f}"
-        rows.append([variant, f"{mean_perplexity(runs):.1f}{spread}", f"{best:g}", str(len(runs)), others, state])
-    header = ["variant", "perplexity", "best lr", "seeds", "all learning rates", "state of the matrices, MiB"]
-    return markdown(header, rows)
-
-
-def plot_quality(content: dict[str, Any], path: Path) -> None:
-    """Validation perplexity over training, each variant at its best learning rate, mean over seeds."""
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    axis = figure.subplots()
-    styles = ["-", "--", ":", "-."]
-    for index, (variant, by_lr) in enumerate(best_runs(content).items()):
-        runs = min(by_lr.values(), key=mean_perplexity)
-        if any(run["perplexity"] is None for run in runs):
-            continue
-        steps = [entry["step"] for entry in runs[0]["history"]]
-        means = [statistics.mean(run["history"][i]["perplexity"] for run in runs) for i in range(len(steps))]
-        axis.plot(steps, means, styles[index // 10 % 4], color=f"C{index % 10}", label=variant)
-    axis.set(xlabel="optimizer step", ylabel="validation perplexity", yscale="log")
-    axis.grid(alpha=0.3, which="both")
-    figure.legend(frameon=False, loc="outside right upper", title="best first")
-    figure.savefig(path, dpi=150)
-
-
 TABLES = {
     "step": step_table,
     "memory": memory_table,
     "basis": basis_table,
     "train": train_table,
-    "quality": quality_table,
+    "quality": quality.table,
     "candidates": quality.table,
     "sharded": bytes_table,
     "refresh": refresh_table,
@@ -303,10 +253,8 @@ def write_report(folder: Path) -> None:
         if content is None:
             raise ValueError(f"{page} wants {folder / name}.json, which is not there.")
         kind = name.partition("-")[0]
-        if kind == "quality" and "regimes" in content:
+        if kind == "quality":
             plots.draw(content, folder, name)
-        elif kind == "quality":
-            plot_quality(content, folder / f"{name}.png")
         return f"{TABLES[kind](content)}\n\n{origin(content)}"
 
     for page in sorted(folder.parent.glob("*.md")):

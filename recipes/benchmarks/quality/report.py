@@ -13,7 +13,7 @@ from recipes import files, report
 from recipes.benchmarks.quality.plan import ADAMW, GRID, at, best, name_of
 from recipes.benchmarks.quality.train import Regime
 
-MUON = "muon"  # beside AdamW, what methods are measured against
+MUON = "muon-09"  # beside AdamW, what methods are measured against
 # What runs have in common: all of a folder, those of a regime, and those of a method in it.
 SHARED = ("data", "sequence_length", "dense_lr")
 OF_REGIME = ("size", "batch", "steps", "parameters", "tokens")
@@ -178,9 +178,12 @@ def _loss(value: float | None) -> str:
 
 
 def origin(content: dict[str, Any]) -> str:
-    """One line: commands, hardware, versions, dates."""
+    """One line: commands (many only by their number, the JSON has them), hardware, versions, dates."""
     abouts = content["provenance"]
-    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(about["command"] for about in abouts))
+    every = list(dict.fromkeys(about["command"] for about in abouts))
+    commands = ", ".join(f"`{command}`" for command in every)
+    if len(every) > 3:
+        commands = f"{len(every)} commands of `python -m recipes.benchmarks.quality`, which the JSON names,"
     devices = ", ".join(dict.fromkeys(about["device"] for about in abouts))
     versions = " and ".join(
         dict.fromkeys(
