@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from fira_hf import FiraConfig
+from fira_hf import PRESETS, FiraConfig
 from fira_hf.functional import tall
 from recipes import errors
 from recipes.benchmarks.models import SIZES, matrices
@@ -38,7 +38,8 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "fira_hf, published": ("fira_hf", {"projection": "svd", "refresh": "together", "moments": "kept"}),
     "fira_hf, adafactor": ("fira_hf", {"refresh": "together", "base_optimizer": "adafactor"}),
     "fira_hf, lion": ("fira_hf", {"refresh": "together", "base_optimizer": "lion"}),
-} | {name: (name, {}) for name in BUILDERS if name not in ("fira_hf", "muon")}
+    "fira_hf, subspace-muon": ("fira_hf", {"refresh": "together", **PRESETS["subspace-muon"]}),
+} | {name: (name, {}) for name in BUILDERS if name != "fira_hf"}
 
 
 def floor(weights: list[nn.Parameter], rank: int) -> Callable[[], None]:
