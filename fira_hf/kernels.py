@@ -27,55 +27,50 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from . import functional as F
+from .tiles import dot, draws, halves, looked_ahead, read_moment, rounded, rounded_by, write_moment
+from .whole import Whole
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-@triton.jit
-def _dot(a, b, acc, INTERPRETED: tl.constexpr):
-    if INTERPRETED:  # Triton's interpreter multiplies the bits of bf16 as integers
-        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32))
-    return tl.dot(a, b, acc)
-
-
-@triton.jit
-def _rounded(x, seed, offset, dtype: tl.constexpr, AT_RANDOM: tl.constexpr, INTERPRETED: tl.constexpr):
-    """x (fp32) in a dtype; a bf16 at random as one of its neighbours: what 16 random bits carry over rounds up."""
-    if AT_RANDOM:
-        noise = tl.randint(seed, offset).to(tl.uint32, bitcast=True) & 0xFFFF
-        x = ((x.to(tl.uint32, bitcast=True) + noise) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    elif INTERPRETED and dtype == tl.bfloat16:  # the interpreter cuts off what a device rounds to nearest
-        bits = x.to(tl.uint32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return x.to(dtype)
-
-
-@triton.jit
-def _halves(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """x (fp32) as a sum of two of a narrower dtype."""
-    high = _rounded(x, 0, 0, dtype, False, INTERPRETED)
-    return high, _rounded(x - high.to(tl.float32), 0, 0, dtype, False, INTERPRETED)
+OF_MOMENTS = {  # how a moment is kept, by the dtype of its values
+    torch.float32: ("float", tl.float32),
+    torch.bfloat16: ("float", tl.bfloat16),
+    torch.int8: ("int8", tl.int8),
+    torch.uint8: ("int4", tl.uint8),
+}
 
 
 @triton.jit
 def _project_kernel(
-    table, R, norms, long, short, rank, g_row, g_col, q_row, q_col,
-    G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, IS_RANGE: tl.constexpr, INTERPRETED: tl.constexpr,
+    table, R, norms, long, short, rank, beta, g_row, g_col, q_row, q_col, m_row, s_row,
+    G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, IS_RANGE: tl.constexpr,
+    MOMENT: tl.constexpr, M_DTYPE: tl.constexpr, IS_TURNED: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(2).to(tl.int64)
-    G = tl.load(table + 2 * matrix).to(tl.pointer_type(G_DTYPE))
-    first = tl.load(table + 2 * matrix + 1)
+    WIDTH: tl.constexpr = 2 if MOMENT == "none" else 4
+    G = tl.load(table + WIDTH * matrix).to(tl.pointer_type(G_DTYPE))
+    first = tl.load(table + WIDTH * matrix + 1)
     Q = first.to(tl.pointer_type(Q_DTYPE))
     rows = (tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     product = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
     squares = tl.zeros((BLOCK_L,), tl.float32)
+    if MOMENT != "none":
+        values = tl.load(table + WIDTH * matrix + 2).to(tl.pointer_type(M_DTYPE))
+        scales = tl.load(table + WIDTH * matrix + 3).to(tl.pointer_type(tl.bfloat16))
+        squares_of_g = tl.zeros((BLOCK_L,), tl.float32)
     for start in range(0, short, BLOCK_S):
         inner = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
         is_g = (rows[:, None] < long) & (inner[None, :] < short)
         g = tl.load(G + rows[:, None] * g_row + inner[None, :] * g_col, mask=is_g, other=0.0)
         wide = g.to(tl.float32)
+        if MOMENT != "none":
+            squares_of_g += tl.sum(wide * wide, axis=1)
+            m = read_moment(
+                values, scales, tl.program_id(0) * BLOCK_L, start, long, short, m_row, s_row,
+                MOMENT, IS_TURNED, BLOCK_L, BLOCK_S,
+            )  # fmt: skip
+            wide = looked_ahead(m, wide, beta, G_DTYPE, INTERPRETED)
         squares += tl.sum(wide * wide, axis=1)
         if IS_RANGE:
             within = inner - first
@@ -85,16 +80,22 @@ def _project_kernel(
             is_q = (inner[:, None] < short) & (columns[None, :] < rank)
             q = tl.load(Q + inner[:, None] * q_row + columns[None, :] * q_col, mask=is_q, other=0.0).to(tl.float32)
             if tl.float32 == G_DTYPE:
-                product = tl.dot(g, q, product, input_precision="tf32x3")
+                product = tl.dot(g if MOMENT == "none" else wide, q, product, input_precision="tf32x3")
             else:
-                high, low = _halves(q, G_DTYPE, INTERPRETED)
-                product = _dot(g, high, product, INTERPRETED)
-                product = _dot(g, low, product, INTERPRETED)
+                X_DTYPE: tl.constexpr = G_DTYPE if MOMENT == "none" else tl.bfloat16
+                x = g if MOMENT == "none" else wide.to(tl.bfloat16)
+                high, low = halves(q, X_DTYPE, INTERPRETED)
+                product = dot(x, high, product, INTERPRETED)
+                product = dot(x, low, product, INTERPRETED)
     place = matrix * long + rows
     if not IS_RANGE:
         inside = (rows[:, None] < long) & (columns[None, :] < rank)
         tl.store(R + place[:, None] * rank + columns[None, :], product, mask=inside)
-    tl.store(norms + place, tl.sqrt(squares), mask=rows < long)
+    if MOMENT == "none":
+        tl.store(norms + place, tl.sqrt(squares), mask=rows < long)
+    else:
+        tl.store(norms + 2 * place, tl.sqrt(squares), mask=rows < long)
+        tl.store(norms + 2 * place + 1, tl.sqrt(squares_of_g), mask=rows < long)
 
 
 @triton.jit
@@ -126,10 +127,8 @@ def _direction_kernel(
         m = b1 * m + (1 - b1) * r
         v = b2 * v + (1 - b2) * r * r
         n = tl.where(inside, m / (tl.sqrt(v) + eps), 0.0)
-        tl.store(
-            V + own, _rounded(v, tl.load(table + 4 * matrix + 3), own, DTYPE, AT_RANDOM, INTERPRETED), mask=inside
-        )
-    tl.store(M + own, _rounded(m, tl.load(table + 4 * matrix + 2), own, DTYPE, AT_RANDOM, INTERPRETED), mask=inside)
+        tl.store(V + own, rounded(v, tl.load(table + 4 * matrix + 3), own, DTYPE, AT_RANDOM, INTERPRETED), mask=inside)
+    tl.store(M + own, rounded(m, tl.load(table + 4 * matrix + 2), own, DTYPE, AT_RANDOM, INTERPRETED), mask=inside)
     written = (rows[:, None] < long) & (columns[None, :] < rank)
     tl.store(N + place[:, None] * rank + columns[None, :], n, mask=written)
     tl.store(R_norms + place, tl.sqrt(tl.sum(r * r, axis=1)), mask=rows < long)
@@ -138,16 +137,20 @@ def _direction_kernel(
 
 @triton.jit
 def _update_kernel(
-    table, N, R, a, B, active, long, short, rank, k, decay, w_row, w_col, g_row, g_col, q_row, q_col,
+    table, N, R, a, B, active, long, short, rank, k, decay, beta,
+    w_row, w_col, g_row, g_col, q_row, q_col, m_row, s_row,
     W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, HAS_R: tl.constexpr, HAS_B: tl.constexpr,
-    IS_RANGE: tl.constexpr, AT_RANDOM: tl.constexpr, INTERPRETED: tl.constexpr,
+    IS_RANGE: tl.constexpr, AT_RANDOM: tl.constexpr,
+    MOMENT: tl.constexpr, M_DTYPE: tl.constexpr, IS_TURNED: tl.constexpr, M_AT_RANDOM: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(2).to(tl.int64)
+    WIDTH: tl.constexpr = 4 if MOMENT == "none" else 7
     if tl.load(active + matrix) != 0:
-        W = tl.load(table + 4 * matrix).to(tl.pointer_type(W_DTYPE))
-        G = tl.load(table + 4 * matrix + 1).to(tl.pointer_type(G_DTYPE))
-        first = tl.load(table + 4 * matrix + 2)
+        W = tl.load(table + WIDTH * matrix).to(tl.pointer_type(W_DTYPE))
+        G = tl.load(table + WIDTH * matrix + 1).to(tl.pointer_type(G_DTYPE))
+        first = tl.load(table + WIDTH * matrix + 2)
         Q = first.to(tl.pointer_type(Q_DTYPE))
         rows = (tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)).to(tl.int64)
         columns = (tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)).to(tl.int64)
@@ -175,26 +178,47 @@ def _update_kernel(
             if tl.float32 == W_DTYPE:
                 product = tl.dot(n, q, product, input_precision="tf32x3")
             elif tl.bfloat16 == W_DTYPE:
-                n_rounded = _rounded(n, 0, 0, tl.bfloat16, False, INTERPRETED)
-                q_rounded = _rounded(q, 0, 0, tl.bfloat16, False, INTERPRETED)
-                product = _dot(n_rounded, q_rounded, product, INTERPRETED)
+                n_rounded = rounded(n, 0, 0, tl.bfloat16, False, INTERPRETED)
+                q_rounded = rounded(q, 0, 0, tl.bfloat16, False, INTERPRETED)
+                product = dot(n_rounded, q_rounded, product, INTERPRETED)
             else:
-                n_high, n_low = _halves(n, tl.bfloat16, INTERPRETED)
-                q_high, q_low = _halves(q, tl.bfloat16, INTERPRETED)
-                product = _dot(n_high, q_high, product, INTERPRETED)
-                product = _dot(n_high, q_low, product, INTERPRETED)
-                product = _dot(n_low, q_high, product, INTERPRETED)
+                n_high, n_low = halves(n, tl.bfloat16, INTERPRETED)
+                q_high, q_low = halves(q, tl.bfloat16, INTERPRETED)
+                product = dot(n_high, q_high, product, INTERPRETED)
+                product = dot(n_high, q_low, product, INTERPRETED)
+                product = dot(n_low, q_high, product, INTERPRETED)
         inside = (rows[:, None] < long) & (columns[None, :] < short)
         of_w = rows[:, None] * w_row + columns[None, :] * w_col
         w = tl.load(W + of_w, mask=inside, other=0.0).to(tl.float32) - product
         if HAS_B:
             g = tl.load(G + rows[:, None] * g_row + columns[None, :] * g_col, mask=inside, other=0.0).to(tl.float32)
-            w -= b[:, None] * g
+            x = g
+            if MOMENT != "none":
+                first_row, first_column = tl.program_id(1) * BLOCK_L, tl.program_id(0) * BLOCK_S
+                values = tl.load(table + WIDTH * matrix + 4).to(tl.pointer_type(M_DTYPE))
+                scales = tl.load(table + WIDTH * matrix + 5).to(tl.pointer_type(tl.bfloat16))
+                m = read_moment(
+                    values, scales, first_row, first_column, long, short, m_row, s_row,
+                    MOMENT, IS_TURNED, BLOCK_L, BLOCK_S,
+                )  # fmt: skip
+                x = looked_ahead(m, g, beta, G_DTYPE, INTERPRETED)
+            w -= b[:, None] * x
         w *= decay
-        own = rows[:, None] * short + columns[None, :]
-        tl.store(
-            W + of_w, _rounded(w, tl.load(table + 4 * matrix + 3), own, W_DTYPE, AT_RANDOM, INTERPRETED), mask=inside
-        )
+        if MOMENT == "none":
+            own = rows[:, None] * short + columns[None, :]
+            seed = tl.load(table + WIDTH * matrix + 3)
+            tl.store(W + of_w, rounded(w, seed, own, W_DTYPE, AT_RANDOM, INTERPRETED), mask=inside)
+        else:
+            # The draws cost more than all else: of each, one half rounds the weight and the other the moment.
+            noise = tl.zeros((BLOCK_L, BLOCK_S), tl.uint32)
+            if AT_RANDOM or M_AT_RANDOM:
+                seed = tl.load(table + WIDTH * matrix + (3 if AT_RANDOM else 6))
+                noise = draws(seed, first_row, first_column, short, BLOCK_L, BLOCK_S)
+            tl.store(W + of_w, rounded_by(w, noise & 0xFFFF, W_DTYPE, AT_RANDOM, INTERPRETED), mask=inside)
+            write_moment(
+                beta * m + (1 - beta) * g, noise >> 16, values, scales, first_row, first_column, long, short,
+                m_row, s_row, MOMENT, M_DTYPE, IS_TURNED, M_AT_RANDOM, INTERPRETED, BLOCK_L, BLOCK_S,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -216,9 +240,9 @@ def _adamw_kernel(
         v = b2 * tl.load(V + i, mask=i < size, other=0.0).to(tl.float32) + (1 - b2) * g * g
         step = lr / tl.load(c1 + weight)
         w = decay * w - step * m / (tl.sqrt(v) / tl.sqrt(tl.load(c2 + weight)) + eps)
-        tl.store(W + i, _rounded(w, tl.load(table + 7 * weight + 4), i, W_DTYPE, ROUNDS_W, INTERPRETED), mask=i < size)
-        tl.store(M + i, _rounded(m, tl.load(table + 7 * weight + 5), i, M_DTYPE, ROUNDS_M, INTERPRETED), mask=i < size)
-        tl.store(V + i, _rounded(v, tl.load(table + 7 * weight + 6), i, M_DTYPE, ROUNDS_M, INTERPRETED), mask=i < size)
+        tl.store(W + i, rounded(w, tl.load(table + 7 * weight + 4), i, W_DTYPE, ROUNDS_W, INTERPRETED), mask=i < size)
+        tl.store(M + i, rounded(m, tl.load(table + 7 * weight + 5), i, M_DTYPE, ROUNDS_M, INTERPRETED), mask=i < size)
+        tl.store(V + i, rounded(v, tl.load(table + 7 * weight + 6), i, M_DTYPE, ROUNDS_M, INTERPRETED), mask=i < size)
 
 
 INTERPRETED = isinstance(_project_kernel, InterpretedFunction)
@@ -251,23 +275,55 @@ def _power_of_2(size: int, least: int, most: int) -> int:
     return int(min(most, max(least, triton.next_power_of_2(size))))
 
 
+def _about_moments(moments: Sequence[Whole] | None) -> tuple[tuple[int, int], dict[str, Any]]:
+    """What a kernel is told of moments: the strides of rows of values and scales, and what it compiles in."""
+    if moments is None:
+        return (0, 0), {"MOMENT": "none", "M_DTYPE": tl.float32, "IS_TURNED": False}
+    values, scales = moments[0].values, moments[0].scales
+    kind, dtype = OF_MOMENTS[values.dtype]
+    strides = (values.stride(0), 0 if scales is None else scales.stride(0))
+    return strides, {"MOMENT": kind, "M_DTYPE": dtype, "IS_TURNED": moments[0].is_turned}
+
+
+def _addresses(moments: Sequence[Whole] | None) -> tuple[list[Any], ...]:
+    """Columns of a table: values and scales; none without moments."""
+    if moments is None:
+        return ()
+    return [M.values for M in moments], [0 if M.scales is None else M.scales for M in moments]
+
+
 def project(grads: Sequence[Tensor], bases: Sequence[F.Basis]) -> tuple[Tensor, Tensor]:
     """See `functional.project`. One pass over G for up to 256 columns of Q (fp32: 128), or for a range."""
+    return _project(grads, bases)
+
+
+def project_moments(
+    grads: Sequence[Tensor], moments: Sequence[Whole], bases: Sequence[Tensor], beta: float
+) -> tuple[Tensor, Tensor]:
+    """See `whole.project`. One pass over gradient and moment, as `project` makes one over the gradient."""
+    return _project(grads, bases, moments, beta)
+
+
+def _project(
+    grads: Sequence[Tensor], bases: Sequence[F.Basis], moments: Sequence[Whole] | None = None, beta: float = 0.0
+) -> tuple[Tensor, Tensor]:
     (long, short), rank = grads[0].shape, F.rank_of(bases[0])
     *strides, q_dtype, is_range = _about(bases[0])
     is_filled = not is_range or bool(_ranges_within(bases, short))
     R = (torch.empty if is_filled else torch.zeros)(len(grads), long, rank, device=grads[0].device)
-    norms = R.new_empty(len(grads), long, 1)
+    norms = R.new_empty(len(grads), long, 1 if moments is None else 2)
+    of_moments, compiled = _about_moments(moments)
     # No spilled registers and less than 99 KiB of shared memory, by what ptxas says for compute capabilities 8 and 9.
-    is_half = grads[0].dtype != torch.float32
+    is_half, is_plain = grads[0].dtype != torch.float32, moments is None
     block_r = 16 if is_range else _power_of_2(rank, 16, 256 if is_half else 128)
-    block_l = 64 if block_r <= (128 if is_half else 64) else 32
+    block_l = 64 if block_r <= (128 if is_half else 64 if is_plain else 32) else 32
     if long:
         _project_kernel[triton.cdiv(long, block_l), 1 if is_range else triton.cdiv(rank, block_r), len(grads)](
-            _table(grads, bases), R, norms, long, short, rank, *grads[0].stride(), *strides,
-            G_DTYPE=DTYPES[grads[0].dtype], Q_DTYPE=q_dtype, IS_RANGE=is_range, INTERPRETED=INTERPRETED,
+            _table(grads, bases, *_addresses(moments)), R, norms, long, short, rank, beta,
+            *grads[0].stride(), *strides, *of_moments,
+            G_DTYPE=DTYPES[grads[0].dtype], Q_DTYPE=q_dtype, IS_RANGE=is_range, **compiled, INTERPRETED=INTERPRETED,
             BLOCK_L=block_l, BLOCK_S=32, BLOCK_R=block_r,
-            num_warps=4 if is_half and block_r <= 64 else 8, num_stages=2,
+            num_warps=4 if is_half and is_plain and block_r <= 64 else 8, num_stages=2,
         )  # fmt: skip
     return R, norms
 
@@ -324,6 +380,45 @@ def apply_updates(
     seeds: Sequence[int] | None = None,
 ) -> None:
     """See `functional.apply_updates`. One pass over W and G, the product with Q^T included."""
+    _apply_updates(weights, grads, N, R, a, k, B, bases, decay, active, seeds)
+
+
+def apply_moment_updates(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    moments: Sequence[Whole],
+    A: Tensor,
+    B: Tensor,
+    bases: Sequence[Tensor],
+    decay: float,
+    beta: float,
+    active: Tensor,
+    seeds: Sequence[int] | None,
+    moment_seeds: Sequence[int] | None,
+) -> None:
+    """See `whole.apply_updates`. One pass over W, G and the moment. With `seeds`, moments are rounded by the draws of
+    their weights, by other bits of them."""
+    a = torch.ones(len(A), device=A.device)
+    of_moments = (moments, beta, moment_seeds)
+    _apply_updates(weights, grads, A, None, a, 0.0, B, bases, decay, active, seeds, *of_moments)
+
+
+def _apply_updates(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    N: Tensor,
+    R: Tensor | None,
+    a: Tensor,
+    k: float,
+    B: Tensor | None,
+    bases: Sequence[F.Basis],
+    decay: float,
+    active: Tensor,
+    seeds: Sequence[int] | None,
+    moments: Sequence[Whole] | None = None,
+    beta: float = 0.0,
+    moment_seeds: Sequence[int] | None = None,
+) -> None:
     count, long, rank = N.shape
     short = weights[0].shape[1]
     ranges = _ranges_within(bases, short)
@@ -334,14 +429,19 @@ def apply_updates(
     if not long or not short:
         return
     N, B, R = N.contiguous(), None if B is None else B.contiguous(), None if B is None else R
-    block_s = 64 if weights[0].dtype != torch.float32 else 128
+    block_s = 64 if weights[0].dtype != torch.float32 or moments is not None else 128
     *strides, q_dtype, is_range = _about(bases[0])
+    none = [0] * count
+    of_moments, compiled = _about_moments(moments)
+    addresses = () if moments is None else (*_addresses(moments), moment_seeds or none)
     _update_kernel[triton.cdiv(short, block_s), triton.cdiv(long, 64), count](
-        _table(weights, grads, bases, seeds or [0] * count),
+        _table(weights, grads, bases, seeds or none, *addresses),
         N, N if R is None else R, a, N if B is None else B, active,
-        long, short, rank, k, decay, *weights[0].stride(), *grads[0].stride(), *strides,
+        long, short, rank, k, decay, beta,
+        *weights[0].stride(), *grads[0].stride(), *strides, *of_moments,
         W_DTYPE=DTYPES[weights[0].dtype], G_DTYPE=DTYPES[grads[0].dtype], Q_DTYPE=q_dtype,
         HAS_R=R is not None, HAS_B=B is not None, IS_RANGE=is_range, AT_RANDOM=seeds is not None,
+        **compiled, M_AT_RANDOM=moment_seeds is not None,
         INTERPRETED=INTERPRETED, BLOCK_L=64, BLOCK_S=block_s, BLOCK_R=32, num_warps=8, num_stages=2,
     )  # fmt: skip
 

@@ -29,6 +29,7 @@ from .state import (
     matrices_of,
     misfit,
     operations,
+    operations_of_moments,
     rounding_seed,
     rounds_state,
     rounds_weight,
@@ -245,7 +246,11 @@ class FiraAdamW(torch.optim.Optimizer):
             bases = [shards.own_columns(Q, short) for Q in bases]
         wholes = [matrix.whole_moment(group) for matrix in matrices] if is_whole(group) else []
         # The row norms are those of G; for a whole moment of X and G, of which X is to the step what G is elsewhere.
-        R, norms = whole.project(grads, wholes, bases, group["betas"][0]) if wholes else ops.project(grads, bases)
+        if wholes:
+            project, apply_updates = operations_of_moments(matrices[0].parameter)
+            R, norms = project(grads, wholes, bases, group["betas"][0])
+        else:
+            R, norms = ops.project(grads, bases)
         if shards:
             R, norms = shards.collect(R, norms)
 
@@ -318,7 +323,7 @@ class FiraAdamW(torch.optim.Optimizer):
         if wholes:
             moment_seeds = [matrix.rounding_seed(OF_MOMENTS) for matrix in matrices] if rounds_state(group) else None
             both = (weight_seeds, moment_seeds)
-            whole.apply_updates(views, grads, wholes, A, B, bases, decay, group["betas"][0], active, *both)
+            apply_updates(views, grads, wholes, A, B, bases, decay, group["betas"][0], active, *both)
         else:
             b = B if s else None
             ops.apply_updates(views, grads, *low_rank, a, k, b, bases, decay, active, weight_seeds)

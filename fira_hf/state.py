@@ -365,7 +365,10 @@ def batches(matrices: Iterable[Matrix], rank: int) -> Iterator[list[Matrix]]:
     for matrix in matrices:
         shape, p = matrix.shape, matrix.parameter
         # On the CPU matrices are gone through one by one, however they lie in memory.
-        lie = () if p.device.type == "cpu" else tuple(matrix.tall(x).stride() for x in (matrix.weight, matrix.grad))
+        lie: tuple[Any, ...] = ()
+        if p.device.type != "cpu":
+            # A whole moment lies as the shape says, whichever way the weight does.
+            lie = (shape[0] >= shape[1], *(matrix.tall(x).stride() for x in (matrix.weight, matrix.grad)))
         alike[max(shape), min(shape), p.device, p.dtype, p.grad.dtype, matrix.shards, lie].append(matrix)
     for (long, short, device, *_), members in alike.items():
         size = max(1, BATCH.get(device.type, BATCH_ELSEWHERE) // (long * min(rank, short)))
@@ -400,6 +403,13 @@ def operations(p: Tensor) -> Any:
     """The module that makes the steps of such a weight: `functional`, or `kernels` where Triton can run them and the
     environment does not say FIRA_HF_TRITON=0."""
     return _operations(p.device.type)
+
+
+def operations_of_moments(p: Tensor) -> tuple[Any, Any]:
+    """What reads and what writes the whole moment of such a weight: `project` and `apply_updates` of `whole`, or the
+    kernels of these."""
+    ops = operations(p)
+    return (whole.project, whole.apply_updates) if ops is F else (ops.project_moments, ops.apply_moment_updates)
 
 
 @functools.cache
