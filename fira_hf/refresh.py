@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,17 @@ from torch.distributed import ProcessGroup
 
 from . import functional as F
 from .distributed import broadcast, is_own, owners
-from .state import OF_REFRESH, Matrix, batches, is_whole, low_rank_moments, operations, rounds_state, seed_of
+from .state import (
+    OF_REFRESH,
+    Matrix,
+    batches,
+    is_whole,
+    low_rank_moments,
+    operations,
+    operations_of_moments,
+    rounds_state,
+    seed_of,
+)
 from .subspace import find_bases, nearest_rotation, refine
 
 
@@ -109,7 +120,11 @@ def _refine(due: list[Matrix], group: dict[str, Any], process_group: ProcessGrou
     found: dict[Matrix, tuple[Tensor, Tensor]] = {}
     for batch in batches((m for m in due if m.shards or is_own(owner[m], process_group)), group["rank"]):
         ops, shards = operations(batch[0].parameter), batch[0].shards
-        grads = [matrix.tall(matrix.refreshed_from(group)) for matrix in batch]
+        if is_whole(group) and not shards:
+            ops = _OfMoments(batch, group)
+            grads = [matrix.tall(matrix.grad) for matrix in batch]
+        else:
+            grads = [matrix.tall(matrix.refreshed_from(group)) for matrix in batch]
         previous = [matrix["basis"] for matrix in batch]
         seeds = [seed_of(matrix.state, matrix.place, matrix.state["calls"]) for matrix in batch]
         if shards:
@@ -124,6 +139,25 @@ def _refine(due: list[Matrix], group: dict[str, Any], process_group: ProcessGrou
             Q = broadcast(Q, matrix["basis"].float(), owner[matrix], process_group)
             found[matrix] = Q, ~Q[0, 0].isnan()
         _change_basis(matrix, *found.pop(matrix), group)
+
+
+class _OfMoments:
+    """The products of `functional` with X of a whole moment (see `whole`) in place of the gradients, of which X is
+    not made. The norms stay those of the gradients: without one there is no step, and no basis to find."""
+
+    def __init__(self, matrices: list[Matrix], group: dict[str, Any]) -> None:
+        self._project, _ = operations_of_moments(matrices[0].parameter)
+        self._moments = [matrix.whole_moment(group) for matrix in matrices]
+        self._beta = group["betas"][0]
+
+    def project(self, grads: list[Tensor], bases: list[Tensor]) -> tuple[Tensor, Tensor]:
+        Z, norms = self._project(grads, self._moments, bases, self._beta)
+        return Z, norms[..., 1:]
+
+    def transposed_products(self, grads: list[Tensor], P: Tensor) -> Tensor:
+        turned = [replace(M, is_turned=not M.is_turned) for M in self._moments]
+        products: Tensor = self._project([G.t() for G in grads], turned, list(P), self._beta)[0]
+        return products
 
 
 def _take(matrix: Matrix, Q: Tensor | None, wait: int, group: dict[str, Any]) -> None:

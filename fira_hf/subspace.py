@@ -123,7 +123,7 @@ def refine(
     host, as "svd" would be.
 
     grads: with the long side first, of any values; a basis is not good where its gradient is zero or not finite.
-    ops: `functional` or `kernels`.
+    ops: `functional` or `kernels`, or what has their `project` and `transposed_products`.
     """
     if method == "random":
         norms = torch.stack(torch._foreach_norm(list(grads), 2.0, torch.float32)).view(-1, 1, 1)
