@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fira_hf import functional
+from fira_hf import functional, whole
 from recipes import errors
 
 # A product may err by a sixteenth of what one rounding to a 16-bit dtype does; one of fp32 by 64 roundings.
@@ -116,6 +116,20 @@ class Inputs:
         """Of neighbouring columns, the first and the last of which lie partly outside, as in a sharded weight."""
         short, rank = self.case.shape[1], self.case.rank
         return [range(first, first + rank) for first in (-(rank // 2), 0, short - (rank + 1) // 2)]
+
+    def moments(self, is_packed: bool) -> list[whole.Whole]:
+        """Of the weights' size, as they are kept beside such weights: of the state's dtype, or in codes of 8 bits for
+        fp32 and 4 for bf16. Strided, parts of something wider."""
+        (long, short), layout = self.case.shape, self.case.layout
+        is_turned = layout in ("wide", "fused")
+        rows, columns = (short, long) if is_turned else (long, short)
+        values = 0.02 * self.random(COUNT, rows, columns)
+        bits = 8 if self.case.state == torch.float32 else 4
+        kept = whole.encode(values, bits) if is_packed else (values.to(self.case.state),)
+        if layout == "strided":
+            kept = tuple(torch.cat([x, x], dim=2)[:, :, : x.shape[2]] for x in kept)
+        each = zip(*kept, strict=True)
+        return [whole.Whole(of[0], of[1] if is_packed else None, columns, is_turned) for of in each]
 
     def low_rank(self, rows: int) -> Tensor:
         return self.random(COUNT, rows, self.case.rank)
@@ -247,6 +261,125 @@ def check_apply_updates(has_R: bool, has_B: bool, of_ranges: bool, ops: Any, cas
     return found
 
 
+def of_moments(ops: Any) -> tuple[Any, Any]:
+    """What reads and what writes whole moments: kernels, or the torch code."""
+    is_torch = ops is functional
+    return (whole.project, whole.apply_updates) if is_torch else (ops.project_moments, ops.apply_moment_updates)
+
+
+def mixed(G: Tensor, M: Tensor, beta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """beta M + (1 - beta) G in fp64, and what it may be off where it is rounded to a dtype."""
+    parts = beta * M.abs() + (1 - beta) * G.double().abs()
+    exact = beta * M + (1 - beta) * G.double()
+    return exact, FP32 * parts + (0 if dtype == torch.float32 else roundoff(torch.bfloat16)) * exact.abs()
+
+
+def check_project_moments(is_packed: bool, ops: Any, case: Case, device: str) -> Errors:
+    inputs, found = Inputs(case, device), Errors()
+    grads, bases, moments = inputs.gradients(), inputs.bases(), inputs.moments(is_packed)
+    Z, norms = of_moments(ops)[0](grads, moments, bases, BETAS[0])
+    for i in on():
+        G, Q, M = grads[i].double(), bases[i].double(), moments[i].read(slice(0, case.shape[0])).double()
+        X, off = mixed(G, M, BETAS[0] ** 2, case.dtype)
+        found.add("Z", Z[i], X @ Q, (PRODUCT[case.dtype] * X.abs() + off) @ Q.abs())
+        for name, column, of, of_off in (("X", 0, X, off), ("G", 1, G, 0 * off)):
+            exact = of.norm(dim=1, keepdim=True)
+            allowed = NORM * exact + of_off.norm(dim=1, keepdim=True)
+            found.add(f"row norms of {name}", norms[i, :, column : column + 1], exact, allowed)
+    return found
+
+
+def check_one_X(ops: Any, case: Case, device: str) -> Errors:
+    """Both passes mean the same X: where it alone is applied, to zeros, its norms and product are those of the first
+    pass, closer than what X is rounded by."""
+    inputs, found = Inputs(case, device), Errors()
+    grads, bases, moments = inputs.gradients(), inputs.bases(), inputs.moments(False)
+    project, apply_updates = of_moments(ops)
+    Z, norms = project(grads, moments, bases, BETAS[0])
+    weights = [torch.zeros_like(G, dtype=torch.float32) for G in grads]
+    A, B = torch.zeros_like(Z), torch.ones_like(norms[..., :1])
+    apply_updates(weights, grads, moments, A, B, bases, 1.0, BETAS[0], inputs.active, None, None)
+    for i in on():
+        X, Q = -weights[i].double(), bases[i].double()
+        exact = X.norm(dim=1, keepdim=True)
+        found.add("row norms of X", norms[i, :, :1], exact, NORM * exact)
+        product = max(PRODUCT[case.dtype], PRODUCT[torch.bfloat16]) if case.dtype != torch.float32 else 2.0**-18
+        found.add("Z", Z[i], X @ Q, product * (X.abs() @ Q.abs()))
+    return found
+
+
+def check_apply_moment_updates(is_packed: bool, ops: Any, case: Case, device: str) -> Errors:
+    inputs, found = Inputs(case, device), Errors()
+    weights, grads, bases = inputs.matrices(0.02), inputs.gradients(), inputs.bases()
+    moments, long = inputs.moments(is_packed), case.shape[0]
+    rows = slice(0, long)
+    before, M = [W.clone() for W in weights], [moment.read(rows).double() for moment in moments]
+    codes = [x.clone() for x in (moments[OFF].values, moments[OFF].scales) if x is not None]
+    A, B, decay = 0.01 * inputs.low_rank(long), inputs.random(COUNT, long, 1).abs(), 0.99
+    B[OFF] = torch.nan
+    is_rounded, at_random = is_packed or case.state != torch.float32, case.dtype == torch.bfloat16
+    seeds, of_state = [1, 2, 3] if at_random else None, [4, 5, 6] if is_rounded else None
+    last = (inputs.active, seeds, of_state)
+    of_moments(ops)[1](weights, grads, moments, A, B, bases, decay, BETAS[0], *last)
+    u, p = roundoff(case.dtype, at_random), OF_UPDATE[case.dtype]
+    for i in on():
+        W, Q, b = before[i].double(), bases[i].double(), B[i].double()
+        X, off = mixed(grads[i], M[i], BETAS[0] ** 2, case.dtype)
+        exact = decay * (W - A[i].double() @ Q.T - b * X)
+        movement = A[i].double().abs() @ Q.T.abs() + b * X.abs()
+        found.add("W", weights[i], exact, u * exact.abs() + p * movement + b * off + FP32 * W.abs())
+        new, off = mixed(grads[i], M[i], BETAS[0], torch.float32)
+        if not is_packed:
+            found.add("M", moments[i].read(rows), new, off + (is_rounded * roundoff(case.state, True)) * new.abs())
+            continue
+        # As it is stored: one of the two codes beside the value, of the scale that is the next bf16 above the exact.
+        stored, scales = new.T if moments[i].is_turned else new, moments[i].scales
+        most = 127 if moments[i].values.dtype == torch.int8 else 7
+        groups = torch.nn.functional.pad(stored, (0, -stored.shape[1] % whole.GROUP)).unflatten(1, (-1, whole.GROUP))
+        least = groups.abs().amax(2) / most
+        found.add("scales", scales, least * (1 + 2.0**-8), least * (2.0**-8 + 2.0**-16))
+        step = scales.double().repeat_interleave(whole.GROUP, 1)[:, : stored.shape[1]]
+        found.add("M", moments[i].read(rows), new, (1 + 2.0**-10) * (step.T if moments[i].is_turned else step))
+        decoded = whole.decode(moments[i].values, scales, groups.shape[1] * whole.GROUP)
+        found.same("filling", decoded[:, stored.shape[1] :], 0 * decoded[:, stored.shape[1] :])
+    found.same("not active", weights[OFF], before[OFF])
+    for old, value in zip(codes, (moments[OFF].values, moments[OFF].scales), strict=False):
+        found.same("not active", value, old)
+    return found
+
+
+def check_rounding_moments(ops: Any, case: Case, device: str) -> Errors:
+    """The mean of codes is the value; the draws differ by seed, and from those of the weight."""
+    found, (long, short) = Errors(), case.shape
+    active, Q = torch.ones(COUNT, dtype=torch.bool, device=device), torch.zeros(short, case.rank, device=device)
+    A, B = torch.zeros(COUNT, long, case.rank, device=device), torch.zeros(COUNT, long, 1, device=device)
+    decay = 1 - 2.0**-10
+    for bits in (8, 4):
+        G = torch.full((long, short), 0.75, dtype=torch.bfloat16, device=device)
+        G[:, :: whole.GROUP] = 2 ** (bits - 1) - 1  # the scale is 1
+
+        def rounded(
+            seeds: list[int], bits: int = bits, G: Tensor = G
+        ) -> tuple[list[whole.Whole], list[Tensor], list[Tensor]]:
+            weights = [torch.ones_like(G) for _ in range(COUNT)]
+            moments = [whole.Whole(*whole.encode(torch.zeros_like(G).float(), bits), short, False) for _ in weights]
+            last = (0.0, active, seeds, [seed + 100 for seed in seeds])
+            of_moments(ops)[1](weights, [G] * COUNT, moments, A, B, [Q] * COUNT, decay, *last)
+            free = torch.arange(short, device=device) % whole.GROUP > 0
+            up = [(W[:, free].double() - (1 - 2.0**-8)) * 2.0**8 for W in weights]
+            return moments, [moment.read(slice(0, long))[:, free].double() for moment in moments], up
+
+        first, again, other = rounded([1, 2, 3]), rounded([1, 2, 3]), rounded([4, 5, 6])
+        for i, (values, up) in enumerate(zip(*first[1:], strict=True)):
+            found.put(f"neighbours, {bits} bits", 0.0, 2.0 * ((values != 0) & (values != 1)).any().item())
+            for name, ones, chance in ((f"mean, {bits} bits", values, 0.75), ("both up", values * up, 0.75**2)):
+                error = abs(ones.mean().item() - chance)
+                found.put(name, error, error * (ones.numel() / (chance * (1 - chance))) ** 0.5 / STANDARD_ERRORS)
+            found.same("the same seed", first[0][i].values, again[0][i].values)
+            found.put("another seed", 0.0, 2.0 * torch.equal(values, other[1][i]) + 2.0 * torch.equal(values, up))
+    return found
+
+
 def check_dense_adamw(ops: Any, case: Case, device: str) -> Errors:
     inputs, found = Inputs(case, device), Errors()
     weights, grads = inputs.matrices(0.02), inputs.matrices(0.02)
@@ -317,6 +450,12 @@ CHECKS: dict[str, tuple[str, Callable[[Any, Case, str], Errors]]] = {  # check -
     "direction, adamw": ("direction", functools.partial(check_direction, "adamw")),
     "direction, lion": ("direction", functools.partial(check_direction, "lion")),
     "rounding at random": ("apply_updates", check_rounding),
+    "rounding at random, moment": ("apply_moment_updates", check_rounding_moments),
+    "project, moment": ("project_moments", functools.partial(check_project_moments, False)),
+    "project, packed moment": ("project_moments", functools.partial(check_project_moments, True)),
+    "project and apply_updates, one X": ("apply_moment_updates", check_one_X),
+    "apply_updates, moment": ("apply_moment_updates", functools.partial(check_apply_moment_updates, False)),
+    "apply_updates, packed moment": ("apply_moment_updates", functools.partial(check_apply_moment_updates, True)),
     "transposed_products": ("transposed_products", check_transposed_products),
     "dense_adamw": ("dense_adamw", check_dense_adamw),
     "apply_updates": ("apply_updates", functools.partial(check_apply_updates, True, True, False)),
@@ -332,7 +471,7 @@ def run(check: str, kernels: Any, axes: tuple[tuple[Any, ...], ...], device: str
     seconds have passed."""
     name, function = CHECKS[check]
     every = list(cases(axes))
-    if check == "rounding at random":
+    if check.startswith("rounding at random"):
         every = [Case(torch.bfloat16, shape, axes[2][0], "tall", torch.bfloat16) for shape in axes[1]]
     start, rows, wrong = time.perf_counter(), {}, []
     for case in every:
@@ -340,7 +479,7 @@ def run(check: str, kernels: Any, axes: tuple[tuple[Any, ...], ...], device: str
             break
         row: dict[str, Any] = {}
         for label, ops in (("kernel", kernels), ("torch", functional)):
-            if not hasattr(ops, name):
+            if not hasattr(ops, name) and not (ops is functional and "moment" in name):
                 continue
             try:
                 row[label] = function(ops, case, device).found
