@@ -12,6 +12,8 @@ Products are taken on tensor cores, with errors that do not show. G Q goes into 
 half-precision gradient is exact there, and meets the sum of two matrices of its own dtype (relative error 2^-16 in
 bf16). The low-rank update of a bf16 weight is one product in bf16: its error, 2^-8 of the update, is as large as the
 rounding of the gradient that it was made of, and far below that of the weight. What is fp32 takes three in TF32.
+So does X of a whole moment (see `whole`), which beside a half-precision gradient is a bf16 in both passes: what it is
+rounded by moves the weight once, and the moment keeps nothing of it.
 """
 
 from __future__ import annotations
@@ -441,7 +443,7 @@ def _apply_updates(
         *weights[0].stride(), *grads[0].stride(), *strides, *of_moments,
         W_DTYPE=DTYPES[weights[0].dtype], G_DTYPE=DTYPES[grads[0].dtype], Q_DTYPE=q_dtype,
         HAS_R=R is not None, HAS_B=B is not None, IS_RANGE=is_range, AT_RANDOM=seeds is not None,
-        **compiled, M_AT_RANDOM=moment_seeds is not None,
+        **compiled, M_AT_RANDOM=moment_seeds is not None and compiled["M_DTYPE"] != tl.float32,
         INTERPRETED=INTERPRETED, BLOCK_L=64, BLOCK_S=block_s, BLOCK_R=32, num_warps=8, num_stages=2,
     )  # fmt: skip
 
