@@ -369,3 +369,14 @@ def test_a_process_without_a_part_of_the_weight(sides, kernels):
         assert not any(x.any() for x in (N, R_norms, N_norms))
         ops.apply_updates(weights, grads, N, R, torch.ones(1, 1, 1), 1.0, norms, bases, 1.0, active)
         assert ops.transposed_products(grads, R).shape == (1, short, 3)
+    for project, apply_updates in (
+        (whole.project, whole.apply_updates),
+        (kernels.project_moments, kernels.apply_moment_updates),
+    ):
+        for is_turned in (False, True):
+            stored = (short, long) if is_turned else (long, short)
+            of = [whole.Whole(*whole.encode(torch.zeros(stored), 4), stored[1], is_turned)] if all(stored) else None
+            of = of or [whole.Whole(torch.zeros(stored), None, stored[1], is_turned)]
+            Z, norms = project(grads, of, bases, 0.9)
+            assert Z.shape == (1, long, 3) and not Z.any() and norms.shape == (1, long, 2) and not norms.any()
+            apply_updates(weights, grads, of, Z, norms[..., :1], bases, 1.0, 0.9, active, None, None)

@@ -12,42 +12,31 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fira_hf import functional, whole
+from fira_hf import functional
 from recipes import errors
-
-# A product may err by a sixteenth of what one rounding to a 16-bit dtype does; one of fp32 by 64 roundings.
-PRODUCT = {torch.bfloat16: 2.0**-12, torch.float16: 2.0**-15, torch.float32: 2.0**-18}
-# The update of a bf16 weight is one product of factors that are rounded to bf16, by up to 2^-8 each, as the gradient
-# that they come from has been.
-OF_UPDATE = PRODUCT | {torch.bfloat16: 2.0**-7 + 2.0**-12}
-FP32 = 2.0**-20  # of what is computed in fp32, element by element
-NORM = 2.0**-18  # of a norm, relative
-BETAS, EPS = (0.9, 0.999), 1e-6
-COUNT, OFF = 3, 1  # matrices of a call, and which is not active
-STANDARD_ERRORS = 5  # by which a mean may be off: one of a million is further
-LAYOUTS = ("tall", "wide", "strided", "stack", "fused")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One shape (long, short) of matrices: the dtypes of weights and of the state, and how they lie in memory."""
-
-    dtype: torch.dtype
-    shape: tuple[int, int]
-    rank: int
-    layout: str
-    state: torch.dtype = torch.float32
-
-    def __str__(self) -> str:
-        words = (f"{str(self.dtype)[6:]} {self.shape[0]}x{self.shape[1]}", f"rank {self.rank}", self.layout)
-        return ", ".join(words + (() if self.state == torch.float32 else (f"state {str(self.state)[6:]}",)))
-
+from recipes.benchmarks import moments
+from recipes.benchmarks.cases import (
+    BETAS,
+    COUNT,
+    EPS,
+    FP32,
+    LAYOUTS,
+    NORM,
+    OF_UPDATE,
+    OFF,
+    PRODUCT,
+    STANDARD_ERRORS,
+    Case,
+    Errors,
+    Inputs,
+    on,
+    roundoff,
+)
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 STATES = (torch.float32, torch.bfloat16)
@@ -73,109 +62,12 @@ def cases(axes: tuple[tuple[Any, ...], ...]) -> Iterator[Case]:
         yield Case(*one)
 
 
-class Inputs:
-    """The tensors of one case, the same each time that they are made."""
-
-    def __init__(self, case: Case, device: str) -> None:
-        self.case, self.device = case, device
-        self.generator = torch.Generator(device).manual_seed(0)
-        self.active = torch.tensor([i != OFF for i in range(COUNT)], device=device)
-
-    def random(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.device)
-
-    def matrices(self, scale: float) -> list[Tensor]:
-        """As tall views; strided, every second column of larger ones."""
-        (long, short), layout = self.case.shape, self.case.layout
-
-        def make(*shape: int) -> Tensor:
-            return (scale * self.random(*shape)).to(self.case.dtype)
-
-        if layout == "wide":
-            return [make(short, long).t() for _ in range(COUNT)]
-        if layout == "strided":
-            return [make(long, 2 * short)[:, ::2] for _ in range(COUNT)]
-        if layout == "stack":
-            return list(make(COUNT, long, short).unbind())
-        if layout == "fused":
-            return [part.t() for part in make(COUNT * short, long).chunk(COUNT)]
-        return [make(long, short) for _ in range(COUNT)]
-
-    def gradients(self) -> list[Tensor]:
-        grads = self.matrices(0.02)
-        grads[OFF].fill_(torch.nan)[::2] = torch.inf
-        return grads
-
-    def bases(self) -> list[Tensor]:
-        short, rank = self.case.shape[1], self.case.rank
-        return [
-            functional.column_major(torch.linalg.qr(self.random(short, rank)).Q).to(self.case.state) for _ in "123"
-        ]
-
-    def ranges(self) -> list[Any]:
-        """Of neighbouring columns, the first and the last of which lie partly outside, as in a sharded weight."""
-        short, rank = self.case.shape[1], self.case.rank
-        return [range(first, first + rank) for first in (-(rank // 2), 0, short - (rank + 1) // 2)]
-
-    def moments(self, is_packed: bool) -> list[whole.Whole]:
-        """Of the weights' size, as they are kept beside such weights: of the state's dtype, or in codes of 8 bits for
-        fp32 and 4 for bf16. Strided, parts of something wider."""
-        (long, short), layout = self.case.shape, self.case.layout
-        is_turned = layout in ("wide", "fused")
-        rows, columns = (short, long) if is_turned else (long, short)
-        values = 0.02 * self.random(COUNT, rows, columns)
-        bits = 8 if self.case.state == torch.float32 else 4
-        kept = whole.encode(values, bits) if is_packed else (values.to(self.case.state),)
-        if layout == "strided":
-            kept = tuple(torch.cat([x, x], dim=2)[:, :, : x.shape[2]] for x in kept)
-        each = zip(*kept, strict=True)
-        return [whole.Whole(of[0], of[1] if is_packed else None, columns, is_turned) for of in each]
-
-    def low_rank(self, rows: int) -> Tensor:
-        return self.random(COUNT, rows, self.case.rank)
-
-
-class Errors:
-    """By what outputs are off: `error` relative to the norm, and `worst` relative to what each element may be off."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, dict[str, float]] = {}
-
-    def add(self, name: str, value: Tensor, exact: Tensor, allowed: Tensor) -> None:
-        if value.shape != exact.shape:
-            raise ValueError(f"{name} is {tuple(value.shape)}, not {tuple(exact.shape)}")
-        off = (value.double() - exact).abs()
-        tiny = torch.finfo(value.dtype).tiny * torch.finfo(value.dtype).eps
-        whole = exact.norm().clamp(min=1e-300)
-        self.put(name, (off.norm() / whole).item(), (off / (allowed + tiny)).max().item())
-
-    def put(self, name: str, error: float, worst: float) -> None:
-        old = self.found.get(name, {"error": 0.0, "worst": 0.0})
-        # a NaN is larger than anything
-        new = {"error": error, "worst": worst}
-        self.found[name] = {key: max(old[key], new[key] if new[key] == new[key] else torch.inf) for key in old}
-
-    def same(self, name: str, value: Tensor, before: Tensor) -> None:
-        """What must not have changed, to the last bit."""
-        is_same = torch.equal(value, before)
-        self.put(name, 0.0 if is_same else torch.inf, 0.0 if is_same else torch.inf)
-
-
-def roundoff(dtype: torch.dtype, at_random: bool = False) -> float:
-    """The relative error of one rounding; at random to either neighbour it is twice as large."""
-    return torch.finfo(dtype).eps * (1.0 if at_random else 0.5)
-
-
 def as_matrix(Q: Any, short: int, device: str) -> Tensor:
     """The basis in fp64; of a range of columns, what picks them."""
     if isinstance(Q, Tensor):
         return Q.double()
     place = torch.arange(short, device=device).view(-1, 1)
     return (place == torch.arange(Q.start, Q.stop, device=device)).double()
-
-
-def on() -> list[int]:
-    return [i for i in range(COUNT) if i != OFF]
 
 
 def check_project(of_ranges: bool, ops: Any, case: Case, device: str) -> Errors:
@@ -261,125 +153,6 @@ def check_apply_updates(has_R: bool, has_B: bool, of_ranges: bool, ops: Any, cas
     return found
 
 
-def of_moments(ops: Any) -> tuple[Any, Any]:
-    """What reads and what writes whole moments: kernels, or the torch code."""
-    is_torch = ops is functional
-    return (whole.project, whole.apply_updates) if is_torch else (ops.project_moments, ops.apply_moment_updates)
-
-
-def mixed(G: Tensor, M: Tensor, beta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """beta M + (1 - beta) G in fp64, and what it may be off where it is rounded to a dtype."""
-    parts = beta * M.abs() + (1 - beta) * G.double().abs()
-    exact = beta * M + (1 - beta) * G.double()
-    return exact, FP32 * parts + (0 if dtype == torch.float32 else roundoff(torch.bfloat16)) * exact.abs()
-
-
-def check_project_moments(is_packed: bool, ops: Any, case: Case, device: str) -> Errors:
-    inputs, found = Inputs(case, device), Errors()
-    grads, bases, moments = inputs.gradients(), inputs.bases(), inputs.moments(is_packed)
-    Z, norms = of_moments(ops)[0](grads, moments, bases, BETAS[0])
-    for i in on():
-        G, Q, M = grads[i].double(), bases[i].double(), moments[i].read(slice(0, case.shape[0])).double()
-        X, off = mixed(G, M, BETAS[0] ** 2, case.dtype)
-        found.add("Z", Z[i], X @ Q, (PRODUCT[case.dtype] * X.abs() + off) @ Q.abs())
-        for name, column, of, of_off in (("X", 0, X, off), ("G", 1, G, 0 * off)):
-            exact = of.norm(dim=1, keepdim=True)
-            allowed = NORM * exact + of_off.norm(dim=1, keepdim=True)
-            found.add(f"row norms of {name}", norms[i, :, column : column + 1], exact, allowed)
-    return found
-
-
-def check_one_X(ops: Any, case: Case, device: str) -> Errors:
-    """Both passes mean the same X: where it alone is applied, to zeros, its norms and product are those of the first
-    pass, closer than what X is rounded by."""
-    inputs, found = Inputs(case, device), Errors()
-    grads, bases, moments = inputs.gradients(), inputs.bases(), inputs.moments(False)
-    project, apply_updates = of_moments(ops)
-    Z, norms = project(grads, moments, bases, BETAS[0])
-    weights = [torch.zeros_like(G, dtype=torch.float32) for G in grads]
-    A, B = torch.zeros_like(Z), torch.ones_like(norms[..., :1])
-    apply_updates(weights, grads, moments, A, B, bases, 1.0, BETAS[0], inputs.active, None, None)
-    for i in on():
-        X, Q = -weights[i].double(), bases[i].double()
-        exact = X.norm(dim=1, keepdim=True)
-        found.add("row norms of X", norms[i, :, :1], exact, NORM * exact)
-        product = max(PRODUCT[case.dtype], PRODUCT[torch.bfloat16]) if case.dtype != torch.float32 else 2.0**-18
-        found.add("Z", Z[i], X @ Q, product * (X.abs() @ Q.abs()))
-    return found
-
-
-def check_apply_moment_updates(is_packed: bool, ops: Any, case: Case, device: str) -> Errors:
-    inputs, found = Inputs(case, device), Errors()
-    weights, grads, bases = inputs.matrices(0.02), inputs.gradients(), inputs.bases()
-    moments, long = inputs.moments(is_packed), case.shape[0]
-    rows = slice(0, long)
-    before, M = [W.clone() for W in weights], [moment.read(rows).double() for moment in moments]
-    codes = [x.clone() for x in (moments[OFF].values, moments[OFF].scales) if x is not None]
-    A, B, decay = 0.01 * inputs.low_rank(long), inputs.random(COUNT, long, 1).abs(), 0.99
-    B[OFF] = torch.nan
-    is_rounded, at_random = is_packed or case.state != torch.float32, case.dtype == torch.bfloat16
-    seeds, of_state = [1, 2, 3] if at_random else None, [4, 5, 6] if is_rounded else None
-    last = (inputs.active, seeds, of_state)
-    of_moments(ops)[1](weights, grads, moments, A, B, bases, decay, BETAS[0], *last)
-    u, p = roundoff(case.dtype, at_random), OF_UPDATE[case.dtype]
-    for i in on():
-        W, Q, b = before[i].double(), bases[i].double(), B[i].double()
-        X, off = mixed(grads[i], M[i], BETAS[0] ** 2, case.dtype)
-        exact = decay * (W - A[i].double() @ Q.T - b * X)
-        movement = A[i].double().abs() @ Q.T.abs() + b * X.abs()
-        found.add("W", weights[i], exact, u * exact.abs() + p * movement + b * off + FP32 * W.abs())
-        new, off = mixed(grads[i], M[i], BETAS[0], torch.float32)
-        if not is_packed:
-            found.add("M", moments[i].read(rows), new, off + (is_rounded * roundoff(case.state, True)) * new.abs())
-            continue
-        # As it is stored: one of the two codes beside the value, of the scale that is the next bf16 above the exact.
-        stored, scales = new.T if moments[i].is_turned else new, moments[i].scales
-        most = 127 if moments[i].values.dtype == torch.int8 else 7
-        groups = torch.nn.functional.pad(stored, (0, -stored.shape[1] % whole.GROUP)).unflatten(1, (-1, whole.GROUP))
-        least = groups.abs().amax(2) / most
-        found.add("scales", scales, least * (1 + 2.0**-8), least * (2.0**-8 + 2.0**-16))
-        step = scales.double().repeat_interleave(whole.GROUP, 1)[:, : stored.shape[1]]
-        found.add("M", moments[i].read(rows), new, (1 + 2.0**-10) * (step.T if moments[i].is_turned else step))
-        decoded = whole.decode(moments[i].values, scales, groups.shape[1] * whole.GROUP)
-        found.same("filling", decoded[:, stored.shape[1] :], 0 * decoded[:, stored.shape[1] :])
-    found.same("not active", weights[OFF], before[OFF])
-    for old, value in zip(codes, (moments[OFF].values, moments[OFF].scales), strict=False):
-        found.same("not active", value, old)
-    return found
-
-
-def check_rounding_moments(ops: Any, case: Case, device: str) -> Errors:
-    """The mean of codes is the value; the draws differ by seed, and from those of the weight."""
-    found, (long, short) = Errors(), case.shape
-    active, Q = torch.ones(COUNT, dtype=torch.bool, device=device), torch.zeros(short, case.rank, device=device)
-    A, B = torch.zeros(COUNT, long, case.rank, device=device), torch.zeros(COUNT, long, 1, device=device)
-    decay = 1 - 2.0**-10
-    for bits in (8, 4):
-        G = torch.full((long, short), 0.75, dtype=torch.bfloat16, device=device)
-        G[:, :: whole.GROUP] = 2 ** (bits - 1) - 1  # the scale is 1
-
-        def rounded(
-            seeds: list[int], bits: int = bits, G: Tensor = G
-        ) -> tuple[list[whole.Whole], list[Tensor], list[Tensor]]:
-            weights = [torch.ones_like(G) for _ in range(COUNT)]
-            moments = [whole.Whole(*whole.encode(torch.zeros_like(G).float(), bits), short, False) for _ in weights]
-            last = (0.0, active, seeds, [seed + 100 for seed in seeds])
-            of_moments(ops)[1](weights, [G] * COUNT, moments, A, B, [Q] * COUNT, decay, *last)
-            free = torch.arange(short, device=device) % whole.GROUP > 0
-            up = [(W[:, free].double() - (1 - 2.0**-8)) * 2.0**8 for W in weights]
-            return moments, [moment.read(slice(0, long))[:, free].double() for moment in moments], up
-
-        first, again, other = rounded([1, 2, 3]), rounded([1, 2, 3]), rounded([4, 5, 6])
-        for i, (values, up) in enumerate(zip(*first[1:], strict=True)):
-            found.put(f"neighbours, {bits} bits", 0.0, 2.0 * ((values != 0) & (values != 1)).any().item())
-            for name, ones, chance in ((f"mean, {bits} bits", values, 0.75), ("both up", values * up, 0.75**2)):
-                error = abs(ones.mean().item() - chance)
-                found.put(name, error, error * (ones.numel() / (chance * (1 - chance))) ** 0.5 / STANDARD_ERRORS)
-            found.same("the same seed", first[0][i].values, again[0][i].values)
-            found.put("another seed", 0.0, 2.0 * torch.equal(values, other[1][i]) + 2.0 * torch.equal(values, up))
-    return found
-
-
 def check_dense_adamw(ops: Any, case: Case, device: str) -> Errors:
     inputs, found = Inputs(case, device), Errors()
     weights, grads = inputs.matrices(0.02), inputs.matrices(0.02)
@@ -450,12 +223,15 @@ CHECKS: dict[str, tuple[str, Callable[[Any, Case, str], Errors]]] = {  # check -
     "direction, adamw": ("direction", functools.partial(check_direction, "adamw")),
     "direction, lion": ("direction", functools.partial(check_direction, "lion")),
     "rounding at random": ("apply_updates", check_rounding),
-    "rounding at random, moment": ("apply_moment_updates", check_rounding_moments),
-    "project, moment": ("project_moments", functools.partial(check_project_moments, False)),
-    "project, packed moment": ("project_moments", functools.partial(check_project_moments, True)),
-    "project and apply_updates, one X": ("apply_moment_updates", check_one_X),
-    "apply_updates, moment": ("apply_moment_updates", functools.partial(check_apply_moment_updates, False)),
-    "apply_updates, packed moment": ("apply_moment_updates", functools.partial(check_apply_moment_updates, True)),
+    "rounding at random, moment": ("apply_moment_updates", moments.check_rounding),
+    "project, moment": ("project_moments", functools.partial(moments.check_project, False)),
+    "project, packed moment": ("project_moments", functools.partial(moments.check_project, True)),
+    "project and apply_updates, one X": ("apply_moment_updates", moments.check_one_X),
+    "apply_updates, moment": ("apply_moment_updates", functools.partial(moments.check_apply_updates, False)),
+    "apply_updates, packed moment": (
+        "apply_moment_updates",
+        functools.partial(moments.check_apply_updates, True),
+    ),
     "transposed_products": ("transposed_products", check_transposed_products),
     "dense_adamw": ("dense_adamw", check_dense_adamw),
     "apply_updates": ("apply_updates", functools.partial(check_apply_updates, True, True, False)),
