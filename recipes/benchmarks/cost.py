@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from fira_hf import FiraConfig, functional
+from fira_hf import PRESETS, FiraConfig, functional
+from fira_hf.whole import Whole
 from recipes.benchmarks.models import SIZES, Size, matrices
 from recipes.benchmarks.optimizers import build
 from recipes.benchmarks.options import write
@@ -314,6 +315,25 @@ class Kernels:
         self._launch([weights, grads, N, R, a, B, bases, more], weights, [], product, half)
 
 
+    def project_moments(self, grads: Any, moments: Any, bases: Any, beta: float) -> tuple[Tensor, Tensor]:
+        (long, short), rank = grads[0].shape, bases[0].shape[1]
+        Z, norms = torch.empty(len(grads), long, rank), torch.empty(len(grads), long, 2)
+        half = 0 if grads[0].dtype == torch.float32 else 2
+        self._launch([grads, _stored(moments), bases], [], [Z, norms], 2 * len(grads) * long * short * rank, half)
+        return Z, norms
+
+    def apply_moment_updates(
+        self, weights: Any, grads: Any, moments: Any, A: Tensor, B: Tensor, bases: Any, decay: float, *more: Any
+    ) -> None:
+        half = {torch.bfloat16: 1, torch.float16: 3}.get(weights[0].dtype, 0)
+        changed = [weights, _stored(moments)]
+        self._launch([grads, A, B, bases, more, changed], changed, [], 2 * A.numel() * weights[0].shape[1], half)
+
+
+def _stored(moments: Sequence[Whole]) -> list[Tensor]:
+    return [tensor for moment in moments for tensor in (moment.values, moment.scales) if tensor is not None]
+
+
 class Elsewhere(nn.Parameter):
     """A parameter that says it is on an accelerator, so that the optimizer takes that branch."""
 
@@ -373,11 +393,12 @@ def peer(name: str, size: Size, rank: int, dtype: torch.dtype) -> dict[str, Any]
     return {"ordinary": ordinary, "refresh": refresh, "average": mean([ordinary, refresh], [GAP - 1, 1])}
 
 
-def ours(size: Size, rank: int, dtype: torch.dtype, with_kernels: bool) -> dict[str, Any]:
+def ours(size: Size, rank: int, dtype: torch.dtype, with_kernels: bool, preset: str | None = None) -> dict[str, Any]:
     """`fira_hf`: an ordinary step and one that refreshes all bases, with refresh="together"; and the mean of the steps
     of an interval at the defaults, after the first step, in which every matrix gets its basis."""
 
     def rows(steps: int, **settings: Any) -> list[dict[str, Any]]:
+        settings |= PRESETS[preset] if preset else {}
         costs = count_steps("fira_hf", size, rank, dtype, steps, with_kernels, **settings)
         return [cost.row() for cost in costs]
 
@@ -417,6 +438,7 @@ METHODS: dict[str, Callable[[Size, int, torch.dtype], dict[str, Any]]] = {
     "AdamW, fp32 moments": lambda *of: adamw(*of, torch.float32),
     "AdamW, moments as weights": lambda size, rank, dtype: adamw(size, rank, dtype, dtype),
     "fira_hf": lambda *of: ours(*of, with_kernels=True),
+    "fira_hf, subspace-muon": lambda *of: ours(*of, with_kernels=True, preset="subspace-muon"),
     "fira_hf, without Triton": lambda *of: ours(*of, with_kernels=False),
     "fira": lambda *of: peer("fira", *of),
     "galore-torch": lambda *of: peer("galore-torch", *of),

@@ -15,7 +15,7 @@ from recipes.benchmarks.quality.report import MUON, Outcome, outcomes, title
 
 LINES = ("-", "--", ":", "-.")
 MARKERS = "osv^Dd"
-OURS = ("#D55E00", "#A50F15", "#E69F00", "#FB6A4A")
+OURS = ("#D55E00", "#A50F15", "#E69F00", "#FB6A4A", "#7A0177")
 THEIRS = ("C0", "C2", "C4", "C5", "C6", "C7", "C8", "C9")
 NOTHING = 0.01  # bytes a weight: where methods without a state stand on a logarithmic axis
 CROWDED, COLUMN = 0.3, 14  # bytes a weight: from where on names stand in a column, and where that is
