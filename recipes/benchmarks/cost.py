@@ -314,7 +314,6 @@ class Kernels:
                 weights = [W[:, Q.start : Q.stop] for W, Q in zip(weights, bases, strict=True)]
         self._launch([weights, grads, N, R, a, B, bases, more], weights, [], product, half)
 
-
     def project_moments(self, grads: Any, moments: Any, bases: Any, beta: float) -> tuple[Tensor, Tensor]:
         (long, short), rank = grads[0].shape, bases[0].shape[1]
         Z, norms = torch.empty(len(grads), long, rank), torch.empty(len(grads), long, 2)
