@@ -92,7 +92,7 @@ def test_every_step_against_the_equations(kind, residual, base):
             state = {"residual_norm": state["residual_norm"]} if state else {}
             changes += 1
         Q = torch.eye(min(SHAPES[kind]), dtype=torch.float64)[:, first : first + 6]
-        settings = {**common, "rank": 6, "update_proj_gap": 1, "adjust_lr": "match_rms_adamw"}
+        settings = {**common, "rank": 6, "update_proj_gap": 1, "gamma": 2.0, "adjust_lr": "match_rms_adamw"}
         settings |= {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
         W, state, _ = fira_step(W, gradient, state, basis=Q, **settings)
         assert (p.detach().double() - W).norm() <= 1e-4 * (W - start).norm(), t

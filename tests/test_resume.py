@@ -187,7 +187,7 @@ def test_resume_with_the_saved_config(tmp_path):
         ({"optim_args": "rank=8, update_proj_gap=4"}, ["rank", "4", "8"]),
         ({"optim_args": "rank=4, update_proj_gap=9"}, ["update_proj_gap", "4", "9"]),
         ({"optim_args": "rank=4, update_proj_gap=4, alpha=0.5"}, ["alpha", "1.0", "0.5"]),
-        ({"optim_args": "rank=4, update_proj_gap=4, gamma=none"}, ["gamma", "1.01", "None"]),
+        ({"optim_args": "rank=4, update_proj_gap=4, gamma=none"}, ["gamma", "2.0", "None"]),
         ({"optim_args": "rank=4, update_proj_gap=4, scaling=matrix"}, ["scaling", "column", "matrix"]),
         ({"optim_target_modules": ["q_proj", "k_proj"]}, ["project", "down_proj"]),
         ({"optim_target_modules": ["proj", "lm_head"]}, ["project", "lm_head"]),
