@@ -8,7 +8,7 @@ from pathlib import Path
 
 from recipes import errors, processes, runner
 from recipes.runner import console
-from recipes.settings import Recipe, read_overrides
+from recipes.settings import BEFORE, Recipe, read_overrides
 
 
 def parser(recipe: Recipe, description: str | None) -> argparse.ArgumentParser:
@@ -32,7 +32,7 @@ def compare(
     try:
         if "seed" in read_overrides(overrides):
             raise ValueError("The seed is set by --seeds.")
-        runs = [
+        methods = [
             runner.plan(
                 recipe,
                 f"{method}-seed{seed}",
@@ -43,9 +43,15 @@ def compare(
             for seed in options.seeds
             for method, experiment in runner.find_experiments(recipe, options.preset, options.methods).items()
         ]
+        before = []
+        if recipe.before:
+            # The same experiment, whichever methods are chosen: its settings decide whether this has been done.
+            experiment = next(iter(runner.find_experiments(recipe, options.preset, None).values()))
+            folder = options.output_dir / BEFORE.replace(" ", "-")
+            before = [runner.plan(recipe, BEFORE, experiment, overrides, folder, program="before")]
     except (ValueError, OSError) as error:
         return errors.refuse(error)
-    failed = runner.execute(runs)
+    failed = runner.execute([*before, *methods])
     console.rule("report")
     try:
         write_report(options.output_dir)
@@ -55,4 +61,4 @@ def compare(
         console.print(
             f"[bold red]Failed: {', '.join(run.name for run in failed)}[/]. The same command tries them again."
         )
-    return int(len(failed) == len(runs))
+    return int(all(run in failed for run in methods))

@@ -168,8 +168,12 @@ def main(
     parse: Callable[[dict[str, Any]], tuple[Any, TrainingArguments]],
     run: Callable[[Any, TrainingArguments], dict[str, Any]],
     dry_run: Callable[[Any, TrainingArguments], None] | None = None,
+    program: str = "train",
 ) -> int:
-    """One run of a recipe: `run` trains and returns what it found, which is written with settings and provenance."""
+    """One run of a recipe: `run` trains and returns what it found, which is written with settings and provenance.
+
+    program: the module that was started, see `load_settings`.
+    """
     words = sys.argv[1:] if words is None else words
     if not words or words[0] in ("-h", "--help"):
         print(description)
@@ -178,8 +182,9 @@ def main(
         _leave_progress_to_the_main_process()
     try:
         experiment = Path(words[0])
-        settings = load_settings(recipe, experiment, read_overrides(words[1:]))
-        settings.setdefault("output_dir", str(Path("runs", experiment.parent.name, experiment.stem)))
+        settings = load_settings(recipe, experiment, read_overrides(words[1:]), program)
+        name = experiment.stem if program == "train" else program
+        settings.setdefault("output_dir", str(Path("runs", experiment.parent.name, name)))
         if dry_run is not None and settings.pop("dry_run", False):
             # Nothing is computed, so neither the device nor its number formats have to be at hand.
             arguments, training = parse(settings | {"use_cpu": True, "fp16": False, "bf16": False})
@@ -200,7 +205,7 @@ def main(
             files.write_json(folder / rundir.SETTINGS, settings)
             (folder / rundir.TRACEBACK).unlink(missing_ok=True)  # that of an earlier attempt
     recorded = {key: value for key, value in settings.items() if key != "output_dir"}
-    provenance = measure.provenance(training.seed, ["python", "-m", f"{recipe.package}.train", *words])
+    provenance = measure.provenance(training.seed, ["python", "-m", f"{recipe.package}.{program}", *words])
     passed_over: dict[str, str] = {}
     try:
         passed_over = choose_checkpoint(training)

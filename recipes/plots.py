@@ -8,6 +8,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from recipes.settings import BEFORE
+
 # Okabe and Ito's colours, which colour-blind readers tell apart; a method has the same one in every picture.
 STYLES = {  # colour and marker
     "lora": ("#0072B2", "o"),
@@ -29,12 +31,19 @@ STYLES = {  # colour and marker
     "flora-on-lora": ("#BBBBBB", "o"),
     "apollo": ("#000000", "s"),
 }
+BEFORE_LINE = {"color": "black", "linewidth": 1.5, "linestyle": ":"}
 
 
-def plot_losses(runs: list[dict[str, Any]], path: Path, panels: list[tuple[str, str, str, str]]) -> None:
+def plot_losses(
+    runs: list[dict[str, Any]],
+    path: Path,
+    panels: list[tuple[str, str, str, str]],
+    before: dict[str, Any] | None = None,
+) -> None:
     """Curves by optimizer step; one line a run, one colour a method.
 
-    panels: for each the figure in the history of a run, the title, the label and the scale of its axis.
+    panels: for each the figure in the history of a run, the title, the label and the scale of its axis; before: the
+    figures before training, of which those that a panel shows get a line.
     """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels))
@@ -50,6 +59,8 @@ def plot_losses(runs: list[dict[str, Any]], path: Path, panels: list[tuple[str, 
             line = "--" if method in others[10:] else "-"  # there are ten colours
             style = {"color": colour, "linestyle": line, "marker": marker, "markersize": 3.5}
             axis.plot(*zip(*points, strict=True), label=name, **style)
+        if before is not None and before.get(key) is not None:
+            axis.axhline(before[key], label=BEFORE, **BEFORE_LINE)
         axis.set(title=title, xlabel="optimizer step", ylabel=label, yscale=scale)
         axis.grid(alpha=0.3)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -14,13 +14,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from recipes import errors, files, rundir
-from recipes.settings import Recipe
+from recipes.settings import BEFORE, Recipe
 
 MERGED = "results.json"
 # A column of a table: title, figure of one run, format, whether its spread over seeds tells something.
 Column = tuple[str, Callable[[dict[str, Any]], float | None], Callable[[float], str], bool]
-# Finished runs and the folder for pictures -> the lines of the report, and the tables that are printed as well.
-Describe = Callable[[list[dict[str, Any]], Path], tuple[list[str], list[list[list[str]]]]]
+# Finished runs and the folder for pictures -> the lines of the report, the tables that are printed as well, and what
+# stands beside the runs in the merged results.
+Describe = Callable[[list[dict[str, Any]], Path], tuple[list[str], list[list[list[str]]], dict[str, Any]]]
+WIDTH, COLUMNS = 100, 5  # of a printed table: characters at most, methods beside one another
 
 
 def load_results(recipe: Recipe, source: Path) -> list[dict[str, Any]]:
@@ -31,22 +33,25 @@ def load_results(recipe: Recipe, source: Path) -> list[dict[str, Any]]:
         runs = (files.read_json(source) or {}).get("runs", [])
     if not runs:
         raise ValueError(f"{source} holds no results.")
-    order = list(recipe.methods)
+    order = [BEFORE, *recipe.methods]
     return sorted(runs, key=lambda run: (order.index(run["method"]), run["settings"].get("seed", 0)))
 
 
 def write_report(recipe: Recipe, source: Path, title: str, caption: str, describe: Describe) -> None:
     """Write the report beside its source and print its tables, of which `caption` says what they show."""
     console = Console()
+    console = Console(width=min(console.width, WIDTH) if console.is_terminal else WIDTH)
     folder = source if source.is_dir() else source.parent
     runs = load_results(recipe, source)
-    files.write_json(folder / MERGED, {"runs": runs})
     finished = [run for run in runs if run["status"] == "ok"]
-    parts = [f"# {title}", ""]
-    if finished:
-        lines, tables = describe(finished, folder)
-        parts += [*lines, "## Settings", "", *_settings(finished), ""]
+    trained = [run for run in finished if run["method"] != BEFORE]
+    parts, merged = [f"# {title}", ""], {"runs": runs}
+    if trained:
+        lines, tables, more = describe(finished, folder)
+        merged |= more
+        parts += [*lines, "## Settings", "", *_settings(trained), ""]
         _print(console, caption, *tables)
+    files.write_json(folder / MERGED, merged)
     for run in runs:
         if run["status"] != "ok":
             parts += [f"**{_name(run)} failed**: {run['error']}", ""]
@@ -56,6 +61,8 @@ def write_report(recipe: Recipe, source: Path, title: str, caption: str, describ
 
 
 def _name(run: dict[str, Any]) -> str:
+    if run["method"] == BEFORE:
+        return BEFORE
     return f"{run['method']} (seed {run['settings'].get('seed', 42)})"
 
 
@@ -173,15 +180,17 @@ def markdown(rows: list[list[str]]) -> list[str]:
 
 
 def _print(console: Console, caption: str, *tables: list[list[str]]) -> None:
-    """The tables below one another, a method a column: so they fit a terminal."""
+    """The tables below one another, a method a column, and what is too wide for a terminal in another block below."""
     names = list(dict.fromkeys(row[0] for rows in tables for row in rows[1:]))
-    table = Table("", *names, title=caption)
-    for rows in tables:
-        by_name = {row[0]: row for row in rows[1:]}
-        for index, title in enumerate(rows[0][1:] if rows else [], start=1):
-            table.add_row(title, *(by_name[name][index] if name in by_name else "" for name in names))
-        table.add_section()
-    console.print(table)
+    for start in range(0, len(names), COLUMNS):
+        some = names[start : start + COLUMNS]
+        table = Table("", *some, title=caption)
+        for rows in tables:
+            by_name = {row[0]: row for row in rows[1:]}
+            for index, title in enumerate(rows[0][1:] if rows else [], start=1):
+                table.add_row(title, *(by_name[name][index] if name in by_name else "" for name in some))
+            table.add_section()
+        console.print(table)
 
 
 def main(write: Callable[[Path], None], description: str | None, words: list[str] | None) -> int:

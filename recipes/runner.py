@@ -40,11 +40,11 @@ def find_experiments(recipe: Recipe, preset: str, methods: list[str] | None) -> 
     return {method: path for method, path in found.items() if methods is None or method in methods}
 
 
-def plan(recipe: Recipe, name: str, experiment: Path, words: list[str], folder: Path) -> Run:
+def plan(recipe: Recipe, name: str, experiment: Path, words: list[str], folder: Path, program: str = "train") -> Run:
     """One run, checked against what its folder holds: ValueError if that is of other settings."""
     words = [*words, "--output_dir", str(folder)]
-    settings = load_settings(recipe, experiment, read_overrides(words))
-    command = [*processes.python(recipe.package), "-m", f"{recipe.package}.train", str(experiment), *words]
+    settings = load_settings(recipe, experiment, read_overrides(words), program)
+    command = [*processes.python(recipe.package), "-m", f"{recipe.package}.{program}", str(experiment), *words]
     return Run(name, command, settings, folder, rundir.is_finished(folder, settings))
 
 

@@ -21,6 +21,9 @@ _DERIVED = {
 }
 
 
+BEFORE = "before training"  # in the place of a method: the model as it is
+
+
 @dataclass(frozen=True)
 class Method:
     """What defines a method: whether LoRA wraps the model, and which optimizers it may use (the first by default)."""
@@ -34,13 +37,15 @@ class Recipe:
     """What tells one recipe from another.
 
     package: where its train.py and its experiments/ lie, as it is imported; paths: settings that name files;
-    derived: settings of TrainingArguments that are not set in an experiment, and why.
+    derived: settings of TrainingArguments that are not set in an experiment, and why; before: the settings on which
+    the figures of the model before training depend. Where there are none, a comparison does not take these figures.
     """
 
     package: str
     methods: dict[str, Method]
     paths: frozenset[str]
     derived: dict[str, str] = field(default_factory=dict)
+    before: frozenset[str] = frozenset()
 
     @property
     def experiments(self) -> Path:
@@ -143,8 +148,13 @@ def _word(value: str) -> Any:
         return value
 
 
-def load_settings(recipe: Recipe, path: str | Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    """The settings of one run, in one form however they were spelled: 1e-4 is a number, an absolute path relative."""
+def load_settings(
+    recipe: Recipe, path: str | Path, overrides: dict[str, Any], program: str = "train"
+) -> dict[str, Any]:
+    """The settings of one run, in one form however they were spelled: 1e-4 is a number, an absolute path relative.
+
+    program "before": those that matter before training, whatever the method.
+    """
     overrides = dict(overrides)
     settings = read_yaml(path, overrides.pop("size", None))
     if isinstance(settings.get("optim_args"), dict):
@@ -154,6 +164,9 @@ def load_settings(recipe: Recipe, path: str | Path, overrides: dict[str, Any]) -
         raise ValueError(f"{path} names no method; it must be one of {', '.join(recipe.methods)}.")
     one_of("method", settings["method"], recipe.methods)
     settings = {key: _normal(value, key in recipe.paths) for key, value in settings.items()}
+    if program == "before":
+        kept = recipe.before | _NOT_COMPARED
+        return {key: value for key, value in settings.items() if key in kept} | {"method": BEFORE, "report_to": "none"}
     _set_method(recipe, settings)
     return settings
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
+from recipes.commonsense.options import text_form
 from recipes.commonsense.settings import RecipeArguments
 from recipes.commonsense.tasks import allowed_words, build_prompt
 
@@ -22,8 +23,11 @@ SPLIT_SEED = 42
 IGNORED = -100  # the label of a token that is not learned
 
 
-def load_records(path: str | Path, task: str | None) -> list[dict[str, Any]]:
-    """The records of one file, checked; each gets its allowed answers as "words". task None: a file of mixed tasks."""
+def load_records(path: str | Path, task: str | None, answer_format: str = "label") -> list[dict[str, Any]]:
+    """The records of one file, checked; each gets its allowed answers as "words", and what `text_form` adds to it.
+
+    task None: a file of mixed tasks, which has no text form.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no data file {path}; data_dir and train_file say where the data lie.")
@@ -38,15 +42,19 @@ def load_records(path: str | Path, task: str | None) -> list[dict[str, Any]]:
         raise ValueError(f"{path} must hold a JSON list of records.")
     if not records:
         raise ValueError(f"{path} holds no records.")
+    checked = []
     for index, record in enumerate(records):
         try:
-            _check(record, task)
+            words = _check(record, task)
+            own = {"words": words} if answer_format == "label" or task is None else text_form(record, task)
         except ValueError as error:
             raise ValueError(f"{path}, record {index + 1} (line {_line(text, index)}): {error}.") from None
-    return [record | {"words": allowed_words(record["instruction"], task)} for record in records]
+        checked.append(record | own)
+    return checked
 
 
-def _check(record: Any, task: str | None) -> None:
+def _check(record: Any, task: str | None) -> tuple[str, ...]:
+    """The answers that the record allows. Raises ValueError where it is not as it should be."""
     if not isinstance(record, dict):
         raise ValueError(f"{record!r} is not a record with the fields {', '.join(FIELDS)}")
     for name in FIELDS:
@@ -60,6 +68,7 @@ def _check(record: Any, task: str | None) -> None:
     words = allowed_words(record["instruction"], task)
     if record["answer"] not in words:
         raise ValueError(f"the answer is {record['answer']!r}, but its format allows {'/'.join(words)}")
+    return words
 
 
 def _line(text: str, index: int) -> int:
@@ -78,8 +87,11 @@ def load_questions(arguments: RecipeArguments) -> dict[str, list[dict[str, Any]]
     """The test questions of each task."""
     if arguments.max_test_per_task == 0:
         return {}
-    files = {task: Path(arguments.data_dir, task, "test.json") for task in arguments.tasks}
-    return {task: _sample(load_records(file, task), arguments.max_test_per_task) for task, file in files.items()}
+    records = {
+        task: load_records(Path(arguments.data_dir, task, "test.json"), task, arguments.answer_format)
+        for task in arguments.tasks
+    }
+    return {task: _sample(of_task, arguments.max_test_per_task) for task, of_task in records.items()}
 
 
 def load_training(arguments: RecipeArguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -89,7 +101,7 @@ def load_training(arguments: RecipeArguments) -> tuple[list[dict[str, Any]], lis
     else:
         records = []
         for task in arguments.tasks:
-            of_task = load_records(Path(arguments.data_dir, task, "train.json"), task)
+            of_task = load_records(Path(arguments.data_dir, task, "train.json"), task, arguments.answer_format)
             records += _sample(of_task, arguments.max_train_per_task)
     size = arguments.val_set_size
     if size >= len(records):
@@ -114,10 +126,28 @@ def common_prefix(rows: list[list[int]]) -> int:
     return shared
 
 
+def encode_pair(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> tuple[list[int], int]:
+    """The tokens of both, and where those of the continuation begin, as lm-evaluation-harness has them."""
+    start = len(tokenizer(context.rstrip())["input_ids"])
+    return tokenizer(context + continuation)["input_ids"], start
+
+
 def encode(
     record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, cutoff_len: int, train_on_inputs: bool
 ) -> dict[str, list[int]]:
-    """Prompt, response and end of text, cut to `cutoff_len` tokens, with a label for each token that is learned."""
+    """Prompt, response and end of text, cut to `cutoff_len` tokens, with a label for each token that is learned.
+
+    In text form there is no end of text: what is learned is what is scored, the right option after its context.
+    """
+    if "contexts" in record:
+        right = list(record["words"]).index(record["answer"])
+        tokens, start = encode_pair(tokenizer, record["contexts"][right], record["continuations"][right])
+        labels = [IGNORED] * start + tokens[start:]
+        return {
+            "input_ids": tokens[:cutoff_len],
+            "attention_mask": [1] * len(tokens[:cutoff_len]),
+            "labels": labels[:cutoff_len],
+        }
     prompt = build_prompt(record["instruction"], record["input"])
     tokens = tokenizer(prompt + record["output"])["input_ids"][:cutoff_len]
     if len(tokens) < cutoff_len and tokens[-1] != tokenizer.eos_token_id:

@@ -6,14 +6,18 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from recipes.commonsense.tasks import TASKS
-from recipes.plots import STYLES
+from recipes.plots import BEFORE_LINE, STYLES
+from recipes.settings import BEFORE
 
 
-def plot_accuracy(runs: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy by task and on average (means over seeds), beside the share of the most frequent answer."""
+def plot_accuracy(runs: list[dict[str, Any]], path: Path, before: dict[str, Any] | None = None) -> None:
+    """Accuracy by task and on average (means over seeds), beside the share of the most frequent answer and what the
+    model reaches before training.
+    """
     tasks = [task for task in TASKS if all(task in run["accuracy"] for run in runs)]
     methods = [method for method in STYLES if any(run["method"] == method for run in runs)]
     width = 0.8 / len(methods)
@@ -25,15 +29,20 @@ def plot_accuracy(runs: list[dict[str, Any]], path: Path) -> None:
         heights.append(statistics.mean(heights))
         places = [place + (index + 0.5) * width - 0.4 for place in range(len(heights))]
         axis.bar(places, heights, width, color=STYLES[method][0], label=method)
-    majority = [100 * runs[0]["accuracy"][task]["majority"] for task in tasks]
-    majority.append(statistics.mean(majority))
-    for place, height in enumerate(majority):
-        label = "most frequent answer" if place == 0 else None
-        axis.hlines(height, place - 0.45, place + 0.45, colors="black", linewidth=1.5, label=label)
+    _line(axis, [runs[0]["accuracy"][task]["majority"] for task in tasks], "most frequent answer", color="black")
+    if before is not None and all(task in before["accuracy"] for task in tasks):
+        _line(axis, [before["accuracy"][task]["accuracy"] for task in tasks], BEFORE, **BEFORE_LINE)
     axis.set_xticks(range(len(tasks) + 1), [*tasks, "average"], rotation=25, ha="right", rotation_mode="anchor")
     axis.axvline(len(tasks) - 0.5, color="grey", linewidth=0.8, linestyle=":")
     axis.set(ylabel="accuracy (%)", ylim=(0, 100))
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
-    figure.legend(frameon=False, ncols=len(methods) + 1, loc="outside upper center")
+    figure.legend(frameon=False, ncols=len(methods) + 2, loc="outside upper center")
     figure.savefig(path, dpi=150)
+
+
+def _line(axis: Axes, shares: list[float], label: str, **style: Any) -> None:
+    """A line across the bars of each task, and of the average."""
+    for place, height in enumerate([*shares, statistics.mean(shares)]):
+        heights = [100 * height] * 2
+        axis.plot([place - 0.45, place + 0.45], heights, label=label if place == 0 else None, **style)

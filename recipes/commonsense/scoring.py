@@ -1,8 +1,13 @@
-"""Which answer a model gives to each question: by likelihood of the answer words, or by generation as published."""
+"""Which answer a model gives to each question: by the likelihood of the answer words or of the options' texts, or by
+generation as published.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +15,13 @@ from typing import Any
 import evaluate
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recipes.commonsense.data import common_prefix
+from recipes.commonsense.data import IGNORED, common_prefix, encode_pair
 from recipes.commonsense.settings import RecipeArguments
-from recipes.commonsense.tasks import ANSWER_PREFIX, build_prompt, extract_answer
+from recipes.commonsense.tasks import ANSWER_PREFIX, TASKS, build_prompt, extract_answer
 
 # As published: 4 beams and 32 new tokens. The published call also sets temperature 0.1, top_p 0.75 and top_k 40, but
 # leaves do_sample at False, and a beam search that does not sample ignores them. So do_sample is stated here and they
@@ -35,22 +41,52 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     questions: dict[str, list[dict[str, Any]]],
     arguments: RecipeArguments,
-) -> dict[str, dict[str, float]]:
-    """Per task: accuracy, majority and unanswered (shares, 0 to 1) and the number of questions.
+) -> dict[str, dict[str, Any]]:
+    """Per task: accuracy, majority and unanswered (shares, 0 to 1), the number of questions, a fingerprint that tells
+    them from others, and a letter for each: its answer's number among the task's words, or "-" ("chosen": "2-1"), and
+    whether it is right ("right": "100").
 
+    Questions in text form are answered by acc_norm; "acc" holds accuracy, chosen and right without the division.
     Several processes share the questions, and each gets all the results.
     """
     metric = evaluate.load(str(Path(__file__).parent / "accuracy"))
     predict = {"loglik": predict_by_likelihood, "generate": predict_by_generation}[arguments.scoring]
+    results = {}
+    with _evaluating(model):
+        for task, records in questions.items():
+            answers = [record["answer"] for record in records]
+            more: dict[str, Any] = {"questions": len(records), "fingerprint": fingerprint(records)}
+            if arguments.answer_format == "text":
+                predictions, raw = predict_by_text(model, tokenizer, records, task, arguments.scoring_batch_size)
+                accuracy = metric.compute(predictions=raw, references=answers)["accuracy"]
+                more["acc"] = {"accuracy": accuracy, **_answers(raw, answers, task)}
+            else:
+                predictions = predict(model, tokenizer, records, task, arguments.scoring_batch_size)
+            figures = metric.compute(predictions=predictions, references=answers)
+            results[task] = figures | more | _answers(predictions, answers, task)
+    return results
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout, and then as it was."""
     was_training = model.training
     model.eval()
-    results = {}
-    for task, records in questions.items():
-        predictions = predict(model, tokenizer, records, task, arguments.scoring_batch_size)
-        figures = metric.compute(predictions=predictions, references=[record["answer"] for record in records])
-        results[task] = figures | {"questions": len(records)}
+    yield
     model.train(was_training)
-    return results
+
+
+def fingerprint(questions: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:12]
+
+
+def _answers(predictions: list[str], answers: list[str], task: str) -> dict[str, str]:
+    """A letter a question."""
+    numbers = {word: str(number) for number, word in enumerate(TASKS[task], start=1)}
+    return {
+        "chosen": "".join(numbers.get(word, "-") for word in predictions),
+        "right": "".join(str(int(word == answer)) for word, answer in zip(predictions, answers, strict=True)),
+    }
 
 
 @dataclass
@@ -80,7 +116,6 @@ def _rows(question: int, texts: list[list[int]]) -> list[_Row]:
     ]
 
 
-@torch.no_grad()
 def log_likelihoods(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -93,6 +128,19 @@ def log_likelihoods(
     rows = []
     for question, (prompt, candidates) in enumerate(zip(prompts, words, strict=True)):
         rows += _rows(question, [tokenizer(prompt + ANSWER_PREFIX + word)["input_ids"] for word in candidates])
+    found = _sums(model, tokenizer, rows, batch_size, progress)
+    return [[found[index, candidate] for candidate in range(len(allowed))] for index, allowed in enumerate(words)]
+
+
+@torch.no_grad()
+def _sums(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[_Row],
+    batch_size: int,
+    progress: str | None,
+) -> dict[tuple[int, int], float]:
+    """Of each question and candidate the sum of log p over its targets."""
     found = {}
     for batch in _batches(rows, [len(row.tokens) for row in rows], batch_size, progress):
         inputs = _pad_left([row.tokens for row in batch], tokenizer.pad_token_id, model.device)
@@ -105,8 +153,7 @@ def log_likelihoods(
             sums = log_probabilities.gather(1, targets.T).sum(0)
             for candidate, value in zip(row.candidates, sums.tolist(), strict=True):
                 found[row.question, candidate] = value
-    found = _gather(found)
-    return [[found[index, candidate] for candidate in range(len(allowed))] for index, allowed in enumerate(words)]
+    return _gather(found)
 
 
 def _pad_left(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -153,6 +200,56 @@ def predict_by_likelihood(
     words = [record["words"] for record in records]
     scores = log_likelihoods(model, tokenizer, prompts, words, batch_size, progress=task)
     return [allowed[of_one.index(max(of_one))] for allowed, of_one in zip(words, scores, strict=True)]
+
+
+def text_likelihoods(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: list[dict[str, Any]],
+    batch_size: int,
+    progress: str | None = None,
+) -> list[list[float]]:
+    """log p(continuation | context) of each option of each record in text form."""
+    rows = []
+    for question, record in enumerate(records):
+        for option, pair in enumerate(zip(record["contexts"], record["continuations"], strict=True)):
+            tokens, start = encode_pair(tokenizer, *pair)
+            rows.append(_Row(question, tokens[:-1], [option], [tokens[start:]]))
+    found = _sums(model, tokenizer, rows, batch_size, progress)
+    return [[found[index, option] for option in range(len(record["words"]))] for index, record in enumerate(records)]
+
+
+def predict_by_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: list[dict[str, Any]],
+    task: str,
+    batch_size: int,
+) -> tuple[list[str], list[str]]:
+    """The words of the options that are likeliest by acc_norm, the likelihood divided by the option's length in
+    characters, and by acc, the likelihood itself; the first one where some are equal.
+    """
+    by_length, raw = [], []
+    for record, sums in zip(
+        records, text_likelihoods(model, tokenizer, records, batch_size, progress=task), strict=True
+    ):
+        # The space before an option does not count. In WinoGrande all continuations are the same: acc_norm is acc.
+        means = [value / (len(text) - 1) for value, text in zip(sums, record["continuations"], strict=True)]
+        by_length.append(record["words"][means.index(max(means))])
+        raw.append(record["words"][sums.index(max(sums))])
+    return by_length, raw
+
+
+def answer_losses(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Dataset, batch_size: int
+) -> list[float]:
+    """Of each encoded example the mean loss of the tokens that have a label, which are its last ones."""
+    rows = []
+    for index, (tokens, labels) in enumerate(zip(examples["input_ids"], examples["labels"], strict=True)):
+        rows.append(_Row(index, tokens[:-1], [0], [[label for label in labels[1:] if label != IGNORED]]))
+    with _evaluating(model):
+        found = _sums(model, tokenizer, rows, batch_size, progress="held-out answers")
+    return [-found[row.question, 0] / len(row.targets[0]) for row in rows]
 
 
 @torch.no_grad()

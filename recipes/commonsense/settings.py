@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from recipes.commonsense.tasks import TASKS
-from recipes.settings import Method, Recipe, RestartArguments, one_of
+from recipes.settings import BEFORE, Method, Recipe, RestartArguments, one_of
 
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 METHODS = {
@@ -24,6 +24,11 @@ RECIPE = Recipe(
     package="recipes.commonsense",
     methods=METHODS,
     paths=frozenset({"output_dir", "data_dir", "train_file", "model", "model_config"}),
+    before=frozenset(
+        {"model", "dtype", "fp16", "bf16", "use_cpu", "data_dir", "train_file", "tasks", "max_train_per_task"}
+        | {"max_test_per_task", "val_set_size", "answer_format", "cutoff_len", "scoring", "scoring_batch_size"}
+        | {"per_device_eval_batch_size"}
+    ),
     derived={"optim_target_modules": "it follows from the method; name the layers with target_modules"},
 )
 
@@ -53,8 +58,13 @@ class RecipeArguments(RestartArguments):
         default=None, metadata={"help": "At most so many questions a task; 0: none."}
     )
     val_set_size: int = field(default=120, metadata={"help": "Training examples set aside for the validation loss."})
-    train_on_inputs: bool = field(
-        default=True, metadata={"help": "Learn the prompt as well as the answer; false: the answer only."}
+    answer_format: str = field(
+        default="label",
+        metadata={"help": "label (as published: 'the correct answer is answer2') or text (the option's own text)."},
+    )
+    train_on_inputs: bool | None = field(
+        default=None,
+        metadata={"help": "Learn the prompt as well as the answer (the default of label); false: the answer only."},
     )
     cutoff_len: int = field(default=256, metadata={"help": "Training examples are cut to so many tokens."})
     target_modules: list[str] = field(
@@ -75,10 +85,15 @@ class RecipeArguments(RestartArguments):
     )
 
     def __post_init__(self) -> None:
-        one_of("method", self.method, METHODS)
+        one_of("method", self.method, (*METHODS, BEFORE))
         one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         self.check_restarts(self.method)
         one_of("scoring", self.scoring, ("loglik", "generate"))
+        one_of("answer_format", self.answer_format, ("label", "text"))
+        if self.answer_format == "text":
+            self._check_text()
+        if self.train_on_inputs is None:
+            self.train_on_inputs = self.answer_format == "label"
         for task in self.tasks:
             one_of("tasks", task, TASKS)
         for name in ("cutoff_len", "lora_rank", "lora_alpha", "scoring_batch_size", "max_train_per_task"):
@@ -90,3 +105,11 @@ class RecipeArguments(RestartArguments):
                 raise ValueError(f"{name} is {getattr(self, name)}; it cannot be negative.")
         if self.train_file is not None and self.max_train_per_task is not None:
             raise ValueError("max_train_per_task needs <task>/train.json; a train_file does not name its tasks.")
+
+    def _check_text(self) -> None:
+        if self.train_on_inputs:
+            raise ValueError("train_on_inputs is true, but answer_format text learns the answer alone; leave it out.")
+        if self.scoring == "generate":
+            raise ValueError("scoring is 'generate', but answer_format text is scored by likelihood; leave it out.")
+        if self.train_file is not None:
+            raise ValueError("answer_format text needs <task>/train.json; a train_file does not name its tasks.")

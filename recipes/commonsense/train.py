@@ -12,14 +12,22 @@ import time
 import warnings
 from typing import Any
 
-from transformers import DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments, set_seed
+from datasets import Dataset
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 import fira_hf  # registers optim="fira"
 from recipes import launch, measure, relora
 from recipes.commonsense import data
 from recipes.commonsense.dry_run import dry_run
 from recipes.commonsense.model import load_model, load_tokenizer, wrap
-from recipes.commonsense.scoring import score
+from recipes.commonsense.scoring import answer_losses, fingerprint, score
 from recipes.commonsense.settings import METHODS, RECIPE, RecipeArguments
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks transformers by the old name
@@ -41,12 +49,7 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
     with training.main_process_first():  # the embedded model is converted once
         tokenizer = load_tokenizer(arguments.model)
     encoded = data.encode_all(train_records, tokenizer, arguments.cutoff_len, arguments.train_on_inputs)
-    # The validation loss is that of the response, however the training labels are chosen: methods and learning rates
-    # are compared by it.
-    validation = None
-    if validation_records:
-        validation = data.encode_all(validation_records, tokenizer, arguments.cutoff_len, train_on_inputs=False)
-
+    validation = encode_validation(validation_records, tokenizer, arguments)
     set_seed(training.seed)
     model = wrap(load_model(arguments.model, arguments.dtype), arguments)
     callbacks: list[TrainerCallback] = [measure.StepTime()]
@@ -72,13 +75,39 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
         "training_examples": len(lengths),
         **launch.figures(trainer, trainer.state.epoch * sum(lengths)),
     }
-    start = time.perf_counter()
-    accuracy = score(trainer.model, tokenizer, questions, arguments)
+    scores = evaluate(trainer, arguments, questions, validation)
     if arguments.keep_model:
         if arguments.method == "relora":
             relora.merge(trainer.model)
         launch.save_model(trainer)
-    return figures | {
+    return figures | scores
+
+
+def encode_validation(
+    records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, arguments: RecipeArguments
+) -> Dataset | None:
+    """With the labels of the response, however the training labels are chosen: methods and learning rates are compared
+    by its loss.
+    """
+    return data.encode_all(records, tokenizer, arguments.cutoff_len, train_on_inputs=False) if records else None
+
+
+def evaluate(
+    trainer: Trainer,
+    arguments: RecipeArguments,
+    questions: dict[str, list[dict[str, Any]]],
+    validation: Dataset | None,
+) -> dict[str, Any]:
+    """What is found out about a model question by question, and example by example."""
+    model, tokenizer, start = trainer.model, trainer.processing_class, time.perf_counter()
+    held_out = None
+    if validation is not None:
+        losses = answer_losses(model, tokenizer, validation, arguments.scoring_batch_size)
+        examples = [validation["input_ids"][:], validation["labels"][:]]
+        held_out = {"losses": [round(loss, 6) for loss in losses], "fingerprint": fingerprint(examples)}
+    accuracy = score(model, tokenizer, questions, arguments)
+    return {
+        "held_out": held_out,
         "scoring_seconds": time.perf_counter() - start,
         "accuracy": accuracy,
         "average": sum(task["accuracy"] for task in accuracy.values()) / len(accuracy) if accuracy else None,

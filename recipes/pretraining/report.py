@@ -30,7 +30,7 @@ PANELS = [
 ]
 
 
-def describe(runs: list[dict[str, Any]], folder: Path) -> tuple[list[str], list[list[list[str]]]]:
+def describe(runs: list[dict[str, Any]], folder: Path) -> tuple[list[str], list[list[list[str]]], dict[str, Any]]:
     first, table = runs[0], report.tabulate(runs, COLUMNS)
     losses = (
         "Perplexity: e to the validation loss, the mean over the validation text after the last step. "
@@ -47,7 +47,7 @@ def describe(runs: list[dict[str, Any]], folder: Path) -> tuple[list[str], list[
         *["![Training loss and validation perplexity by step](loss.png)", ""],
         *report.describe_fira(runs),
     ]
-    return parts, [table]
+    return parts, [table], {}
 
 
 def write_report(source: Path) -> None:

@@ -1,0 +1,101 @@
+"""What a comparison can tell: the methods' differences over the questions and held-out answers that they share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from recipes.commonsense.tasks import TASKS
+from recipes.report import by_method
+from recipes.settings import BEFORE
+
+REFERENCES = (BEFORE, "lora")
+RESAMPLES = 9999
+
+
+def differences(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each method to each of REFERENCES: {"method", "minus", "accuracy", "loss"}. One of the last two is None where
+    the runs do not share their questions or did not record them; without both there is no entry.
+
+    Of several seeds, the mean over them counts for each question. An interval is over questions, not over seeds.
+    """
+    of_methods = by_method(runs)
+    found = []
+    for reference in (name for name in REFERENCES if name in of_methods):
+        for method, of_one in of_methods.items():
+            if method not in (BEFORE, reference):
+                accuracy, loss = (figure(of_one, of_methods[reference]) for figure in (_accuracy, _loss))
+                if accuracy or loss:
+                    found.append({"method": method, "minus": reference, "accuracy": accuracy, "loss": loss})
+    return found
+
+
+def _accuracy(of_one: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Difference of the average over tasks, as a share, its interval, and McNemar's exact test over all questions.
+
+    better, worse: on how many questions the method is. With one seed they are the discordant pairs; with several the
+    test is the sign test on the means.
+    """
+    tasks = [task for task in TASKS if _shared([run["accuracy"].get(task) for run in [*of_one, *others]])]
+    if not tasks:
+        return None
+
+    def right(runs: list[dict[str, Any]], task: str) -> np.ndarray:
+        return np.mean([[int(letter) for letter in run["accuracy"][task]["right"]] for run in runs], axis=0)
+
+    by_task = [right(of_one, task) - right(others, task) for task in tasks]
+    every = np.concatenate(by_task)
+    better, worse = int((every > 0).sum()), int((every < 0).sum())
+    p = stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
+    return {**_interval(by_task), "tasks": tasks, "better": better, "worse": worse, "mcnemar_p": float(p)}
+
+
+def _loss(of_one: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Difference of the mean over held-out examples of the mean loss of their answers, in nats, and its interval."""
+    if not _shared([run.get("held_out") for run in [*of_one, *others]]):
+        return None
+    means = [np.mean([run["held_out"]["losses"] for run in runs], axis=0) for runs in (of_one, others)]
+    return _interval([means[0] - means[1]])
+
+
+def _shared(records: list[dict[str, Any] | None]) -> bool:
+    """Whether all were recorded on the same questions."""
+    found = {None if record is None else record.get("fingerprint") for record in records}
+    return len(found) == 1 and None not in found
+
+
+def _mean_of_means(*strata: np.ndarray, axis: int = -1) -> np.ndarray:
+    return np.mean([stratum.mean(axis=axis) for stratum in strata], axis=0)
+
+
+def _interval(strata: list[np.ndarray]) -> dict[str, Any]:
+    """The mean of the strata's means with its 95% bootstrap interval; None where a stratum has a single value.
+
+    The values are drawn anew within each stratum, which all count alike.
+    """
+    interval = None
+    if min(map(len, strata)) > 1:
+        drawn = stats.bootstrap(
+            strata, _mean_of_means, method="percentile", n_resamples=RESAMPLES, batch=200, random_state=0
+        )
+        interval = [float(end) for end in drawn.confidence_interval]
+    return {"difference": float(_mean_of_means(*strata)), "interval": interval}
+
+
+def sentences(found: list[dict[str, Any]]) -> list[str]:
+    """What the intervals tell apart and what not, a sentence for each reference and figure."""
+    said = []
+    for reference in dict.fromkeys(entry["minus"] for entry in found):
+        for key, name in (("accuracy", "average accuracy"), ("loss", "held-out loss")):
+            groups: dict[str, list[str]] = {"above": [], "below": [], "not told apart from": []}
+            for entry in found:
+                if entry["minus"] == reference and entry[key] is not None and entry[key]["interval"] is not None:
+                    low, high = entry[key]["interval"]
+                    group = "above" if low > 0 else "below" if high < 0 else "not told apart from"
+                    groups[group].append(entry["method"])
+            parts = [f"{', '.join(methods)} {group} {reference}" for group, methods in groups.items() if methods]
+            if parts:
+                said.append(f"By {name}: {'; '.join(parts)}.")
+    return said
