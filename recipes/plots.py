@@ -31,7 +31,7 @@ STYLES = {  # colour and marker
     "flora-on-lora": ("#BBBBBB", "o"),
     "apollo": ("#000000", "s"),
 }
-BEFORE_LINE = {"color": "black", "linewidth": 1.5, "linestyle": ":"}
+BEFORE_LINE = {"color": "#A00000", "linewidth": 2.5, "linestyle": ":"}
 
 
 def plot_losses(

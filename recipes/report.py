@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Column as PrintedColumn
 from rich.table import Table
 
 from recipes import errors, files, rundir
@@ -184,7 +186,7 @@ def _print(console: Console, caption: str, *tables: list[list[str]]) -> None:
     names = list(dict.fromkeys(row[0] for rows in tables for row in rows[1:]))
     for start in range(0, len(names), COLUMNS):
         some = names[start : start + COLUMNS]
-        table = Table("", *some, title=caption)
+        table = Table(PrintedColumn(no_wrap=True), *some, title=caption, box=box.SIMPLE_HEAD)
         for rows in tables:
             by_name = {row[0]: row for row in rows[1:]}
             for index, title in enumerate(rows[0][1:] if rows else [], start=1):

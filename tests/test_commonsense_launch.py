@@ -80,9 +80,11 @@ def test_a_comparison_outlives_a_process_of_one_of_its_runs(killed):
     assert killed.code == 1  # there was no other method that could succeed
     assert "Failed: fira-full-seed42. The same command tries them again." in killed.out
     assert "**fira-full (seed 42) failed**: " in (killed.folder / "report.md").read_text(encoding="utf-8")
-    for said in ("1 of 1: fira-full-seed42", "Fira projects 10 matrices", "Report: "):
+    for said in ("1 of 2: before training", "2 of 2: fira-full-seed42", "Fira projects 10 matrices", "Report: "):
         assert killed.out.count(said) == 1  # one process speaks
-    assert killed.err.count("tokenising: 100%") == 2  # training and validation examples
+    assert (
+        killed.err.count("tokenising: 100%") == 3
+    )  # training and validation examples, and the latter before training
 
 
 SCRIPT = """

@@ -118,6 +118,12 @@ def test_score_counts_by_task_and_leaves_the_model_as_it_was(model, tokenizer):
     results = scoring.score(model, tokenizer, asked, RecipeArguments(method="lora"))
     assert model.training
     assert list(results) == list(WORDS)
-    assert results["boolq"].keys() == {"accuracy", "majority", "unanswered", "questions"}
+    letters = {"fingerprint", "chosen", "right"}
+    assert results["boolq"].keys() == {"accuracy", "majority", "unanswered", "questions"} | letters
+    predictions = scoring.predict_by_likelihood(model.eval(), tokenizer, asked["hellaswag"], "hellaswag", 16)
+    assert results["hellaswag"]["chosen"] == "".join(word.removeprefix("ending") for word in predictions)
+    right = [word == one["answer"] for word, one in zip(predictions, asked["hellaswag"], strict=True)]
+    assert results["hellaswag"]["right"] == "".join(str(int(one)) for one in right)
+    assert results["hellaswag"]["accuracy"] == pytest.approx(sum(right) / 6)
     assert results["boolq"]["majority"] == 0.5
     assert results["hellaswag"]["questions"] == 6

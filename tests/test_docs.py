@@ -25,7 +25,17 @@ FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*).*?\n(?P<body>.*?)^ *```
 MAJOR = transformers.__version__.split(".")[0]
 REASON = re.compile(rf"<!-- not run(?: with transformers {MAJOR})?: (.+?) -->\s*\Z")
 RECIPES = {"recipes.commonsense", "recipes.pretraining"}  # what they train is said by experiments
-OTHERS = {"cd", "git", "ls", "nox", "pre-commit", "pytest", "python", "ruff"}  # only the files they name are checked
+OTHERS = {
+    "cd",
+    "git",
+    "lm_eval",
+    "ls",
+    "nox",
+    "pre-commit",
+    "pytest",
+    "python",
+    "ruff",
+}  # only the files they name are checked
 
 
 @dataclass

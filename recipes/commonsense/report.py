@@ -104,24 +104,24 @@ def differences_by_method(found: list[dict[str, Any]]) -> list[list[str]]:
         titles += [f"accuracy - {name}", "  95% interval", f"loss - {name}", "  95% interval"]
         for method, row in rows.items():
             entry = of_reference.get(method, {"accuracy": None, "loss": None})
-            row += [*_points(entry["accuracy"]), *_nats(entry["loss"])]
+            row += [*_points(entry["accuracy"], ", "), *_nats(entry["loss"], ", ")]
     return [titles, *rows.values()]
 
 
-def _points(figure: dict[str, Any] | None) -> list[str]:
-    return _difference(figure, 100, "{:+.1f}".format)
+def _points(figure: dict[str, Any] | None, to: str = " to ") -> list[str]:
+    return _difference(figure, 100, "{:+.1f}".format, to)
 
 
-def _nats(figure: dict[str, Any] | None) -> list[str]:
-    return _difference(figure, 1, "{:+.3f}".format)
+def _nats(figure: dict[str, Any] | None, to: str = " to ") -> list[str]:
+    return _difference(figure, 1, "{:+.3f}".format, to)
 
 
-def _difference(figure: dict[str, Any] | None, factor: float, form: Callable[[float], str]) -> list[str]:
+def _difference(figure: dict[str, Any] | None, factor: float, form: Callable[[float], str], to: str) -> list[str]:
     """The difference and its interval as text."""
     if figure is None:
         return ["-", "-"]
     ends = figure["interval"]
-    return [form(factor * figure["difference"]), " to ".join(form(factor * end) for end in ends) if ends else "-"]
+    return [form(factor * figure["difference"]), to.join(form(factor * end) for end in ends) if ends else "-"]
 
 
 def accuracy_table(runs: list[dict[str, Any]], raw: bool = False) -> list[list[str]]:
