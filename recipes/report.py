@@ -186,7 +186,8 @@ def _print(console: Console, caption: str, *tables: list[list[str]]) -> None:
     names = list(dict.fromkeys(row[0] for rows in tables for row in rows[1:]))
     for start in range(0, len(names), COLUMNS):
         some = names[start : start + COLUMNS]
-        table = Table(PrintedColumn(no_wrap=True), *some, title=caption, box=box.SIMPLE_HEAD)
+        narrow = {"box": box.SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}
+        table = Table(PrintedColumn(no_wrap=True), *some, title=caption, **narrow)
         for rows in tables:
             by_name = {row[0]: row for row in rows[1:]}
             for index, title in enumerate(rows[0][1:] if rows else [], start=1):

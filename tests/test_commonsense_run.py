@@ -5,9 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import signal
+import statistics
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from commonsense_tiny import WORDS, write_data, write_model, write_preset
-from conftest import RECIPE_ENVIRONMENT, kill_recipe, run_recipe
+from conftest import RECIPE_ENVIRONMENT, ROOT, kill_recipe, run_recipe
 from recipes import checkpoints, files, measure
 from recipes.commonsense import compare, report, scoring, search, train
 from recipes.commonsense.settings import METHODS
@@ -190,7 +194,8 @@ def test_compare_survives_a_failure_reports_and_repeats_only_what_failed(preset,
     assert compare.main(words) == 0
     assert (tmp_path / "lora-seed42" / "result.json").stat().st_mtime_ns == first
     merged = json.loads((tmp_path / "results.json").read_text())["runs"]
-    assert [(r["method"], r["status"]) for r in merged] == [(m, "ok") for m in ("lora", "fira-full", "adamw-full")]
+    methods = ["before training", "lora", "fira-full", "adamw-full"]
+    assert [(r["method"], r["status"]) for r in merged] == [(method, "ok") for method in methods]
     for name in ("loss.png", "accuracy.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
@@ -202,6 +207,104 @@ def test_compare_survives_a_failure_reports_and_repeats_only_what_failed(preset,
 
     assert compare.main([*words, "learning_rate=1"]) == 2
     assert "other settings (learning_rate was 0.001, now 1)" in capfd.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def compared(preset, tmp_path_factory) -> SimpleNamespace:
+    """A comparison in text form, on the recipe's own questions, given twice; what each printed."""
+    folder = tmp_path_factory.mktemp("compared")
+    words = [str(preset), "--output_dir", str(folder), "--methods", "lora,fira-on-lora,fira-full", "--seeds", "0"]
+    words += ["--answer_format", "text", "--data_dir", "recipes/commonsense/data", "--learning_rate", "1e-2"]
+    words += ["--max_train_per_task", "6", "--max_test_per_task", "6", "--val_set_size", "16", "--max_steps", "4"]
+    command = [sys.executable, "-m", "recipes.commonsense.compare", *words]
+    printed = []
+    for _ in range(2):
+        ran = subprocess.run(command, cwd=ROOT, env=os.environ | RECIPE_ENVIRONMENT, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        printed.append(ran.stdout)
+    return SimpleNamespace(folder=folder, printed=printed, text=(folder / "report.md").read_text(encoding="utf-8"))
+
+
+def test_a_comparison_begins_with_the_model_before_training(compared, preset):
+    before = files.read_json(compared.folder / "before-training" / "result.json")
+    assert (before["status"], before["method"]) == ("ok", "before training")
+    assert "learning_rate" not in before["settings"]
+    assert f"1 of 4: before training {'─' * 3}" in compared.printed[0]
+    assert "complete in" in compared.printed[1].split("2 of 4")[0]
+    # The model as it is, whose validation loss the Trainer finds at step 0, too.
+    words = ["--answer_format", "text", "--data_dir", "recipes/commonsense/data", "--max_train_per_task", "6"]
+    words += ["--max_test_per_task", "0", "--val_set_size", "16", "--max_steps", "1", "--eval_strategy", "steps"]
+    result = run(preset, "fira-full", compared.folder.parent / "one", *words, "--eval_on_start", "true")
+    assert result["history"][0]["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
+    tables = [part.splitlines()[2] for part in compared.text.split("| method |")[1:]]
+    loss, boolq = statistics.mean(before["held_out"]["losses"]), before["accuracy"]["boolq"]
+    assert tables[0] == f"| before training | - | - | - | - | - | {loss:.3f} |"
+    assert tables[2].startswith(f"| before training | {100 * boolq['accuracy']:.1f} |")
+    assert tables[3].startswith(f"| before training | {100 * boolq['acc']['accuracy']:.1f} |")
+
+
+def test_a_comparison_reports_differences_question_by_question(compared):
+    merged = files.read_json(compared.folder / "results.json")
+    pairs = [(one["method"], one["minus"]) for one in merged["differences"]]
+    methods = ["lora", "fira-on-lora", "fira-full"]
+    assert pairs == [*((method, "before training") for method in methods), *((one, "lora") for one in methods[1:])]
+    full = merged["differences"][2]
+    by_method = {one["method"]: one for one in merged["runs"]}
+    average = by_method["fira-full"]["average"] - by_method["before training"]["average"]
+    assert full["accuracy"]["difference"] == pytest.approx(average)
+    low, high = full["loss"]["interval"]
+    assert low <= full["loss"]["difference"] <= high < 0
+    assert f"| fira-full | before training | {100 * average:+.1f} | " in compared.text
+    assert "By held-out loss: " in compared.text
+    assert re.search(r"By held-out loss: .*fira-full below before training", compared.text)
+    for one in merged["runs"]:
+        assert one["accuracy"]["piqa"]["accuracy"] == one["accuracy"]["piqa"]["right"].count("1") / 6
+        assert len(one["held_out"]["losses"]) == 16
+
+
+def test_the_printed_table_fits_a_terminal_of_100_columns(compared):
+    table = compared.printed[0].split("Accuracy in percent")[1].split("Report:")[0].splitlines()
+    assert max(map(len, table)) <= 100
+    rows = [re.split(r"  +", line.strip()) for line in table if line.strip()]
+    titles = [row[0] for row in rows]
+    # Nothing but long headings falls into two lines.
+    assert titles.count("95% interval") == 4
+    assert [title for title in titles if title.startswith(("accuracy", "loss"))] == [
+        "accuracy - before",
+        "loss - before",
+        "accuracy - lora",
+        "loss - lora",
+    ]
+    body = titles[titles.index("trained parameters") :]
+    assert all(title[0].isalpha() or title == "95% interval" for title in body)
+
+
+def test_results_from_before_these_figures_are_reported_with_the_old_columns(tmp_path):
+    old = ROOT / "docs" / "results" / "smollm2"
+    runs = files.read_json(old / "results.json")["runs"]
+    runs = [{key: value for key, value in one.items() if key != "held_out"} for one in runs]
+    for one in runs:
+        for scores in one["accuracy"].values():
+            for key in scores.keys() - {"accuracy", "majority", "unanswered", "questions"}:
+                del scores[key]
+    runs = [one for one in runs if one["method"] != "before training"]
+    files.write_json(tmp_path / "results.json", {"runs": runs})
+    assert report.main([str(tmp_path / "results.json")]) == 0
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| lora | " in text
+    assert "before training" not in text
+    assert "## Differences" not in text
+    assert files.read_json(tmp_path / "results.json").keys() == {"runs"}
+
+
+def test_methods_are_reported_where_the_model_before_training_failed(preset, tmp_path):
+    run(preset, "lora", tmp_path / "lora-seed42", "--max_steps", "1", "--max_test_per_task", "1")
+    failed = {"status": "failed", "error": "no memory", "method": "before training", "settings": {}}
+    files.write_json(tmp_path / "before-training" / "result.json", failed)
+    assert report.main([str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "**before training failed**: no memory" in text
+    assert "| lora | 6,144 |" in text
 
 
 def test_compare_fails_when_every_method_does(preset, tmp_path, capfd):
