@@ -247,7 +247,7 @@ class FiraAdamW(torch.optim.Optimizer):
         wholes = [matrix.whole_moment(group) for matrix in matrices] if is_whole(group) else []
         # The row norms are those of G; for a whole moment of X and G, of which X is to the step what G is elsewhere.
         if wholes:
-            project, apply_updates = operations_of_moments(matrices[0].parameter)
+            project, apply_updates = operations_of_moments(ops)
             R, norms = project(grads, wholes, bases, group["betas"][0])
         else:
             R, norms = ops.project(grads, bases)

@@ -146,7 +146,7 @@ class _OfMoments:
     not made. The norms stay those of the gradients: without one there is no step, and no basis to find."""
 
     def __init__(self, matrices: list[Matrix], group: dict[str, Any]) -> None:
-        self._project, _ = operations_of_moments(matrices[0].parameter)
+        self._project, _ = operations_of_moments(operations(matrices[0].parameter))
         self._moments = [matrix.whole_moment(group) for matrix in matrices]
         self._beta = group["betas"][0]
 

@@ -244,10 +244,14 @@ class Matrix:
         self.weight, self.grad = weight, grad
         self.shape = parameter.shape if shards else weight.shape
 
+    @property
+    def is_tall(self) -> bool:
+        """Whether the rows of the whole are its long side."""
+        return self.shards.is_tall if self.shards else self.shape[0] >= self.shape[1]
+
     def tall(self, tensor: Tensor) -> Tensor:
         """Weight or gradient, or this process's part of it, with the long side of the whole first."""
-        is_tall = self.shards.is_tall if self.shards else self.shape[0] >= self.shape[1]
-        return tensor if is_tall else tensor.t()
+        return tensor if self.is_tall else tensor.t()
 
     def whole_moment(self, group: dict[str, Any]) -> whole.Whole:
         """Its first moment, where that is as large as the weight."""
@@ -256,9 +260,8 @@ class Matrix:
         # Parts come as (out, in), and a moment is read as it is stored.
         parts = [F.parts(tensor, split, transposed)[self.index or 0] for tensor in stored]
         values, *scales = [part.t() for part in parts] if transposed else parts
-        is_tall = self.shards.is_tall if self.shards else self.shape[0] >= self.shape[1]
         columns = self.weight.shape[0 if transposed else 1]
-        return whole.Whole(values, scales[0] if scales else None, columns, is_tall == transposed)
+        return whole.Whole(values, scales[0] if scales else None, columns, self.is_tall == transposed)
 
     def refreshed_from(self, group: dict[str, Any]) -> Tensor:
         """What a basis is found from, in the gradient's shape: the gradient, or X of a whole moment. The gradient
@@ -405,10 +408,9 @@ def operations(p: Tensor) -> Any:
     return _operations(p.device.type)
 
 
-def operations_of_moments(p: Tensor) -> tuple[Any, Any]:
-    """What reads and what writes the whole moment of such a weight: `project` and `apply_updates` of `whole`, or the
-    kernels of these."""
-    ops = operations(p)
+def operations_of_moments(ops: Any) -> tuple[Any, Any]:
+    """What reads and what writes whole moments where `ops` are the `operations`: `project` and `apply_updates` of
+    `whole`, or the kernels of these."""
     return (whole.project, whole.apply_updates) if ops is F else (ops.project_moments, ops.apply_moment_updates)
 
 

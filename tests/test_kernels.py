@@ -48,8 +48,11 @@ def test_every_kernel_against_fp64(check, kernels):
 def test_what_makes_a_step_is_chosen_in_one_place(kernels):
     assert fira_hf.state.operations(weight((4, 4))) is F
     assert fira_hf.state.operations(Pretended(torch.ones(4, 4))) is kernels
-    assert fira_hf.state.operations_of_moments(weight((4, 4))) == (whole.project, whole.apply_updates)
-    found = fira_hf.state.operations_of_moments(Pretended(torch.ones(4, 4)))
+    assert fira_hf.state.operations_of_moments(fira_hf.state.operations(weight((4, 4)))) == (
+        whole.project,
+        whole.apply_updates,
+    )
+    found = fira_hf.state.operations_of_moments(fira_hf.state.operations(Pretended(torch.ones(4, 4))))
     assert found == (kernels.project_moments, kernels.apply_moment_updates)
 
 

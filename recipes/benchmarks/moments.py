@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fira_hf import functional, whole
+from fira_hf import whole
+from fira_hf.state import operations_of_moments
 from recipes.benchmarks.cases import (
     BETAS,
     COUNT,
@@ -25,12 +26,6 @@ from recipes.benchmarks.cases import (
 )
 
 
-def of_moments(ops: Any) -> tuple[Any, Any]:
-    """What reads and what writes whole moments: kernels, or the torch code."""
-    is_torch = ops is functional
-    return (whole.project, whole.apply_updates) if is_torch else (ops.project_moments, ops.apply_moment_updates)
-
-
 def mixed(G: Tensor, M: Tensor, beta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """beta M + (1 - beta) G in fp64, and what it may be off where it is rounded to a dtype."""
     parts = beta * M.abs() + (1 - beta) * G.double().abs()
@@ -41,7 +36,7 @@ def mixed(G: Tensor, M: Tensor, beta: float, dtype: torch.dtype) -> tuple[Tensor
 def check_project(is_packed: bool, ops: Any, case: Case, device: str) -> Errors:
     inputs, found = Inputs(case, device), Errors()
     grads, bases, moments = inputs.gradients(), inputs.bases(), inputs.moments(is_packed)
-    Z, norms = of_moments(ops)[0](grads, moments, bases, BETAS[0])
+    Z, norms = operations_of_moments(ops)[0](grads, moments, bases, BETAS[0])
     for i in on():
         G, Q, M = grads[i].double(), bases[i].double(), moments[i].read(slice(0, case.shape[0])).double()
         X, off = mixed(G, M, BETAS[0] ** 2, case.dtype)
@@ -58,7 +53,7 @@ def check_one_X(ops: Any, case: Case, device: str) -> Errors:
     pass, closer than what X is rounded by."""
     inputs, found = Inputs(case, device), Errors()
     grads, bases, moments = inputs.gradients(), inputs.bases(), inputs.moments(False)
-    project, apply_updates = of_moments(ops)
+    project, apply_updates = operations_of_moments(ops)
     Z, norms = project(grads, moments, bases, BETAS[0])
     weights = [torch.zeros_like(G, dtype=torch.float32) for G in grads]
     A, B = torch.zeros_like(Z), torch.ones_like(norms[..., :1])
@@ -84,7 +79,7 @@ def check_apply_updates(is_packed: bool, ops: Any, case: Case, device: str) -> E
     is_rounded, at_random = is_packed or case.state != torch.float32, case.dtype == torch.bfloat16
     seeds, of_state = [1, 2, 3] if at_random else None, [4, 5, 6] if is_rounded else None
     last = (inputs.active, seeds, of_state)
-    of_moments(ops)[1](weights, grads, moments, A, B, bases, decay, BETAS[0], *last)
+    operations_of_moments(ops)[1](weights, grads, moments, A, B, bases, decay, BETAS[0], *last)
     u, p = roundoff(case.dtype, at_random), OF_UPDATE[case.dtype]
     for i in on():
         W, Q, b = before[i].double(), bases[i].double(), B[i].double()
@@ -128,7 +123,7 @@ def check_rounding(ops: Any, case: Case, device: str) -> Errors:
             weights = [torch.ones_like(G) for _ in range(COUNT)]
             moments = [whole.Whole(*whole.encode(torch.zeros_like(G).float(), bits), short, False) for _ in weights]
             last = (0.0, active, seeds, [seed + 100 for seed in seeds])
-            of_moments(ops)[1](weights, [G] * COUNT, moments, A, B, [Q] * COUNT, decay, *last)
+            operations_of_moments(ops)[1](weights, [G] * COUNT, moments, A, B, [Q] * COUNT, decay, *last)
             free = torch.arange(short, device=device) % whole.GROUP > 0
             up = [(W[:, free].double() - (1 - 2.0**-8)) * 2.0**8 for W in weights]
             return moments, [moment.read(slice(0, long))[:, free].double() for moment in moments], up
