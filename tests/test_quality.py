@@ -307,7 +307,7 @@ class Trainer:
         self.bests, self.asked, self.lock = bests, [], threading.Lock()
         self.meanwhile = lambda: None
 
-    def __call__(self, method, lr, regime, seed, data, progress=None):
+    def __call__(self, method, lr, regime, seed, data, progress=None, device=None):
         with self.lock:
             self.asked.append((method["label"], lr, seed))
         self.meanwhile()
@@ -456,13 +456,15 @@ def test_runs_of_another_text_or_other_settings_are_not_taken_for_these(folder, 
         (["--search", "--batch", "100"], "multiple of 256"),
         (["--search", "--data", "nowhere"], "nowhere"),
         (["--search", "--workers", "0"], "at least one has to work"),
+        (["--search", "--device", "cuda"], "torch sees no CUDA device here"),
         (["--rates", "around", "--size", "3m", "--methods", "muon"], "no run of muon in 1m-b4096-s400"),
         (["--rates", "around", "--methods", "muon"], "another regime"),
         (["--rates", "adamw", "--methods", "muon"], "no run of adamw in 1m-b4096-s400"),
         (["--rates", "around", "--searched", "1m"], "write size,batch,steps"),
     ],
 )
-def test_what_cannot_be_meant_says_the_way_out(words, message, tmp_path, capsys):
+def test_what_cannot_be_meant_says_the_way_out(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main(["--output_dir", str(tmp_path / "runs"), *words]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

@@ -34,7 +34,10 @@ DEFAULTS: dict[str, Any] = {
     "ahead": True,  # the residual of a full moment is that of X, not of the moment itself
     "nesterov": True,
     "beta": 0.9,
+    "after": None,  # "rows" or "outputs" of the update are brought to one size, as in NorMuon (2510.05491)
+    "cautious": False,  # only where the update has the sign of the gradient, as in 2411.16085
 }
+AFTER_BETA = 0.95  # of the running mean square of a row of the update
 
 
 def unit(E: Tensor, dim: int) -> Tensor:
@@ -67,7 +70,18 @@ class Candidate(Peer):
     def direction(self, p: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         wide = p.shape[0] < p.shape[1]
         update = self._direction(p.grad.T if wide else p.grad, state, group)
-        return update.T if wide else update
+        update = update.T if wide else update
+        if group["after"]:
+            dim = 0 if wide and group["after"] == "rows" else 1  # rows: of the weight with its long side first
+            mean = update.square().mean(dim, keepdim=True)
+            state["of_rows"] = mean if "of_rows" not in state else state["of_rows"].lerp_(mean, 1 - AFTER_BETA)
+            norm = update.norm()
+            update = update / state["of_rows"].sqrt().clamp(min=TINY)
+            update = update * (norm / update.norm().clamp(min=TINY))
+        if group["cautious"]:
+            mask = (update * p.grad > 0).to(update.dtype)
+            update = update * mask / mask.mean().clamp(min=TINY)
+        return update
 
     def _direction(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         m, n = G.shape
@@ -107,9 +121,9 @@ class Candidate(Peer):
             if not state.get("turns"):
                 state["turns"] = torch.randperm(n // rank, generator=self.generator).tolist()
             first = rank * state["turns"].pop()
-            state["basis"] = torch.eye(n)[:, first : first + rank]
+            state["basis"] = torch.eye(n, device=of.device)[:, first : first + rank]
         else:
-            Q = torch.randn(n, rank, generator=self.generator) if before is None else before
+            Q = torch.randn(n, rank, generator=self.generator).to(of.device) if before is None else before
             for _ in range(3 if before is None else 1):
                 Q = torch.linalg.qr(of.T @ (of @ Q)).Q
             state["basis"] = Q

@@ -41,8 +41,9 @@ from recipes.benchmarks.gpu_table import GIB, summary
 LIMITS = {"kernels": 170, "step": 160, "trainer": 130, "step-7b": 240, "memory": 180, "tune": 420}  # seconds
 RANKS = {"tiny": 16, "60m": 128, "1b": 256, "7b": 128}
 PEERS = ["apollo-torch", "galore-torch", "fira", "pytorch-optimizer", "fira_hf, published"]  # all but one by SVD
-OURS = ["floor", "adamw", "fira_hf-dense", "fira_hf, together", "fira_hf"]
-STATE = {"adamw": lambda size: 2 * size, "fira_hf-dense": lambda size: 8}  # bytes an element, by those of an element
+OURS = ["floor", "adamw", "muon", "fira_hf-dense", "fira_hf, together", "fira_hf", "fira_hf, subspace-muon"]
+# Bytes an element, by those of an element.
+STATE = {"adamw": lambda size: 2 * size, "muon": lambda size: size, "fira_hf-dense": lambda size: 8}
 Cell = Callable[[], dict[str, Any]]
 
 
@@ -118,7 +119,7 @@ def _steps(options: argparse.Namespace, sizes: list[tuple[str, str, float]]) -> 
     for size, dtype, seconds in sizes:
         one = {"size": size, "dtype": dtype}
         cells[f"{size} {dtype}"] = functools.partial(_step, options, seconds, **one)
-        for name in ("adamw", "fira_hf, together", "fira_hf"):
+        for name in ("adamw", "fira_hf, together", "fira_hf", "fira_hf, subspace-muon"):
             cells[f"{size} {dtype}, launches of {name}"] = functools.partial(_launches, options, name, **one)
     for size, dtype, seconds in sizes:
         if dtype == "bfloat16":

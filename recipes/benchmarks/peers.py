@@ -145,7 +145,8 @@ def encode(
     blocks = nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
     scales = blocks.abs().amax(1, keepdim=True).clamp(min=TINY) / most
     codes = blocks / scales
-    codes = codes.round() if generator is None else (codes + torch.rand(codes.shape, generator=generator)).floor()
+    draws = None if generator is None else torch.rand(codes.shape, generator=generator).to(codes)
+    codes = codes.round() if draws is None else (codes + draws).floor()
     return codes.clamp(-most, most).to(torch.int8), scales
 
 

@@ -78,6 +78,7 @@ def main(words: list[str] | None = None) -> int:
         "--data", default=EMBEDDED, help="folder with train.txt and valid.txt; default: Python's manual"
     )
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of all workers")
     parser.add_argument("--searched", default="1m,4096,400", help="where --rates around begins: size,batch,steps")
     parser.add_argument("--known", type=Path, help="a gathered JSON: its runs are taken for done")
     parser.add_argument("--methods_file", type=Path, default=METHODS, help="what the methods are")
@@ -86,8 +87,10 @@ def main(words: list[str] | None = None) -> int:
         plan = read_plan(options)
         if options.workers < 1:
             raise ValueError(f"--workers is {options.workers}; at least one has to work.")
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device is cuda, but torch sees no CUDA device here; leave it out.")
         command = ["python", "-m", "recipes.benchmarks.quality", *(sys.argv[1:] if words is None else words)]
-        return int(share(plan, options.workers, command, console) > 0)
+        return int(share(plan, options.workers, command, console, options.device) > 0)
     except (ValueError, OSError, RuntimeError) as error:
         return errors.refuse(error)
 

@@ -44,7 +44,7 @@ def claim(path: Path) -> Iterator[bool]:
             path.unlink(missing_ok=True)
 
 
-def work(plan: Plan, command: list[str], tell: Tell) -> int:
+def work(plan: Plan, command: list[str], tell: Tell, device: str = "cpu") -> int:
     """Run what the plan wants until nothing is left; returns how many runs failed here.
 
     What fails is not tried again by this command, and the others go on.
@@ -62,7 +62,7 @@ def work(plan: Plan, command: list[str], tell: Tell) -> int:
                 if path.is_file():  # finished by another process since
                     break
                 try:
-                    execute(plan, run, path, command, tell)
+                    execute(plan, run, path, command, tell, device)
                 except Exception as error:
                     failed.add(run)
                     traceback.print_exc()
@@ -72,13 +72,13 @@ def work(plan: Plan, command: list[str], tell: Tell) -> int:
             time.sleep(WAIT)
 
 
-def execute(plan: Plan, run: Run, path: Path, command: list[str], tell: Tell) -> None:
+def execute(plan: Plan, run: Run, path: Path, command: list[str], tell: Tell, device: str) -> None:
     method, regime, data = plan.folder.methods[run.method], run.regime, plan.folder.data
 
     def progress(step: int, loss: float) -> None:
         tell(("step", run.name, step, regime.steps, loss))
 
-    found = train(method, run.lr, regime, run.seed, data, progress=progress)
+    found = train(method, run.lr, regime, run.seed, data, progress=progress, device=device)
     about = {
         "method": run.method,
         "label": method["label"],
@@ -96,12 +96,12 @@ def execute(plan: Plan, run: Run, path: Path, command: list[str], tell: Tell) ->
     tell(("done", run.name, found["loss"], found["seconds"]))
 
 
-def share(plan: Plan, workers: int, command: list[str], console: Console) -> int:
+def share(plan: Plan, workers: int, command: list[str], console: Console, device: str = "cpu") -> int:
     """`work` in so many processes of one thread each, and how far they are; returns how many runs failed."""
     context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
     told = context.Queue()
     processes = [
-        context.Process(target=_worker, args=(plan, command, told), daemon=True, name=f"worker {number}")
+        context.Process(target=_worker, args=(plan, command, told, device), daemon=True, name=f"worker {number}")
         for number in range(workers)
     ]
     failed, tasks = 0, {}
@@ -139,7 +139,7 @@ def describe(what: str, name: str, *rest: Any) -> str:
     return f"{name}: {'diverged' if loss is None else f'{loss:.4f}'} in {seconds:.0f} s"
 
 
-def _worker(plan: Plan, command: list[str], told: Any) -> None:
+def _worker(plan: Plan, command: list[str], told: Any, device: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command that started this one ends it
     torch.set_num_threads(1)
 
@@ -148,4 +148,4 @@ def _worker(plan: Plan, command: list[str], told: Any) -> None:
             raise SystemExit("The command that started this worker has been killed.")
         told.put(what)
 
-    work(plan, command, tell)
+    work(plan, command, tell, device)
