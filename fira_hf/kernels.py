@@ -43,7 +43,7 @@ OF_MOMENTS = {  # how a moment is kept, by the dtype of its values
 
 @triton.jit
 def _project_kernel(
-    table, R, norms, long, short, rank, beta, g_row, g_col, q_row, q_col, m_row, s_row,
+    table, R, norms, long, short, rank, beta, ahead, g_row, g_col, q_row, q_col, m_row, s_row,
     G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, IS_RANGE: tl.constexpr,
     MOMENT: tl.constexpr, M_DTYPE: tl.constexpr, IS_TURNED: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -72,7 +72,7 @@ def _project_kernel(
                 values, scales, tl.program_id(0) * BLOCK_L, start, long, short, m_row, s_row,
                 MOMENT, IS_TURNED, BLOCK_L, BLOCK_S,
             )  # fmt: skip
-            wide = looked_ahead(m, wide, beta, G_DTYPE, INTERPRETED)
+            wide = looked_ahead(m, wide, beta, ahead, G_DTYPE, INTERPRETED)
         squares += tl.sum(wide * wide, axis=1)
         if IS_RANGE:
             within = inner - first
@@ -102,7 +102,7 @@ def _project_kernel(
 
 @triton.jit
 def _direction_kernel(
-    table, R, N, R_norms, N_norms, active, long, rank, b1, b2, eps,
+    table, R, N, R_norms, N_norms, active, long, rank, b1, b2, c1, c2, eps,
     DTYPE: tl.constexpr, AT_RANDOM: tl.constexpr, BASE: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -118,16 +118,16 @@ def _direction_kernel(
     r = tl.load(R + place[:, None] * rank + columns[None, :], mask=inside, other=0.0)
     m = tl.load(M + own, mask=inside, other=0.0).to(tl.float32)
     if BASE == "muon":  # what is yet to be orthogonalized
-        m = b1 * m + (1 - b1) * r
-        n = b1 * m + (1 - b1) * r
+        m = b1 * m + c1 * r
+        n = b1 * m + c1 * r
     elif BASE == "lion":
-        mixed = b1 * m + (1 - b1) * r
+        mixed = b1 * m + c1 * r
         n = tl.where(mixed > 0, 1.0, 0.0) - tl.where(mixed < 0, 1.0, 0.0)
-        m = b2 * m + (1 - b2) * r
+        m = b2 * m + c2 * r
     else:
         v = tl.load(V + own, mask=inside, other=0.0).to(tl.float32)
-        m = b1 * m + (1 - b1) * r
-        v = b2 * v + (1 - b2) * r * r
+        m = b1 * m + c1 * r
+        v = b2 * v + c2 * r * r
         n = tl.where(inside, m / (tl.sqrt(v) + eps), 0.0)
         tl.store(V + own, rounded(v, tl.load(table + 4 * matrix + 3), own, DTYPE, AT_RANDOM, INTERPRETED), mask=inside)
     tl.store(M + own, rounded(m, tl.load(table + 4 * matrix + 2), own, DTYPE, AT_RANDOM, INTERPRETED), mask=inside)
@@ -139,7 +139,7 @@ def _direction_kernel(
 
 @triton.jit
 def _update_kernel(
-    table, N, R, a, B, active, long, short, rank, k, decay, beta,
+    table, N, R, a, B, active, long, short, rank, k, decay, beta, ahead, share,
     w_row, w_col, g_row, g_col, q_row, q_col, m_row, s_row,
     W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, Q_DTYPE: tl.constexpr, HAS_R: tl.constexpr, HAS_B: tl.constexpr,
     IS_RANGE: tl.constexpr, AT_RANDOM: tl.constexpr,
@@ -203,7 +203,7 @@ def _update_kernel(
                     values, scales, first_row, first_column, long, short, m_row, s_row,
                     MOMENT, IS_TURNED, BLOCK_L, BLOCK_S,
                 )  # fmt: skip
-                x = looked_ahead(m, g, beta, G_DTYPE, INTERPRETED)
+                x = looked_ahead(m, g, beta, ahead, G_DTYPE, INTERPRETED)
             w -= b[:, None] * x
         w *= decay
         if MOMENT == "none":
@@ -218,14 +218,14 @@ def _update_kernel(
                 noise = draws(seed, first_row, first_column, short, BLOCK_L, BLOCK_S)
             tl.store(W + of_w, rounded_by(w, noise & 0xFFFF, W_DTYPE, AT_RANDOM, INTERPRETED), mask=inside)
             write_moment(
-                beta * m + (1 - beta) * g, noise >> 16, values, scales, first_row, first_column, long, short,
+                beta * m + share * g, noise >> 16, values, scales, first_row, first_column, long, short,
                 m_row, s_row, MOMENT, M_DTYPE, IS_TURNED, M_AT_RANDOM, INTERPRETED, BLOCK_L, BLOCK_S,
             )  # fmt: skip
 
 
 @triton.jit
 def _adamw_kernel(
-    table, c1, c2, finite, size, lr, b1, b2, eps, decay,
+    table, corrections1, corrections2, finite, size, lr, b1, b2, c1, c2, eps, decay,
     W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, M_DTYPE: tl.constexpr,
     ROUNDS_W: tl.constexpr, ROUNDS_M: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -238,10 +238,10 @@ def _adamw_kernel(
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         g = tl.load(G + i, mask=i < size, other=0.0).to(tl.float32)
         w = tl.load(W + i, mask=i < size, other=0.0).to(tl.float32)
-        m = b1 * tl.load(M + i, mask=i < size, other=0.0).to(tl.float32) + (1 - b1) * g
-        v = b2 * tl.load(V + i, mask=i < size, other=0.0).to(tl.float32) + (1 - b2) * g * g
-        step = lr / tl.load(c1 + weight)
-        w = decay * w - step * m / (tl.sqrt(v) / tl.sqrt(tl.load(c2 + weight)) + eps)
+        m = b1 * tl.load(M + i, mask=i < size, other=0.0).to(tl.float32) + c1 * g
+        v = b2 * tl.load(V + i, mask=i < size, other=0.0).to(tl.float32) + c2 * g * g
+        step = lr / tl.load(corrections1 + weight)
+        w = decay * w - step * m / (tl.sqrt(v) / tl.sqrt(tl.load(corrections2 + weight)) + eps)
         tl.store(W + i, rounded(w, tl.load(table + 7 * weight + 4), i, W_DTYPE, ROUNDS_W, INTERPRETED), mask=i < size)
         tl.store(M + i, rounded(m, tl.load(table + 7 * weight + 5), i, M_DTYPE, ROUNDS_M, INTERPRETED), mask=i < size)
         tl.store(V + i, rounded(v, tl.load(table + 7 * weight + 6), i, M_DTYPE, ROUNDS_M, INTERPRETED), mask=i < size)
@@ -321,7 +321,7 @@ def _project(
     block_l = 64 if block_r <= (128 if is_half else 64 if is_plain else 32) else 32
     if long:
         _project_kernel[triton.cdiv(long, block_l), 1 if is_range else triton.cdiv(rank, block_r), len(grads)](
-            _table(grads, bases, *_addresses(moments)), R, norms, long, short, rank, beta,
+            _table(grads, bases, *_addresses(moments)), R, norms, long, short, rank, beta, 1 - beta**2,
             *grads[0].stride(), *strides, *of_moments,
             G_DTYPE=DTYPES[grads[0].dtype], Q_DTYPE=q_dtype, IS_RANGE=is_range, **compiled, INTERPRETED=INTERPRETED,
             BLOCK_L=block_l, BLOCK_S=32, BLOCK_R=block_r,
@@ -358,7 +358,7 @@ def direction(
         none = [0] * count
         _direction_kernel[triton.cdiv(long, block_l), count](
             _table(M, V, seeds[0] if seeds else none, seeds[-1] if seeds else none),
-            R, N, R_norms, N_norms, active, long, rank, *betas, eps,
+            R, N, R_norms, N_norms, active, long, rank, *betas, *(1 - b for b in betas), eps,
             DTYPE=DTYPES[M[0].dtype], AT_RANDOM=seeds is not None and M[0].dtype == torch.bfloat16,
             BASE=base_optimizer, INTERPRETED=INTERPRETED, BLOCK_L=block_l, BLOCK_R=block_r,
         )  # fmt: skip
@@ -439,7 +439,7 @@ def _apply_updates(
     _update_kernel[triton.cdiv(short, block_s), triton.cdiv(long, 64), count](
         _table(weights, grads, bases, seeds or none, *addresses),
         N, N if R is None else R, a, N if B is None else B, active,
-        long, short, rank, k, decay, beta,
+        long, short, rank, k, decay, beta, 1 - beta**2, 1 - beta,
         *weights[0].stride(), *grads[0].stride(), *strides, *of_moments,
         W_DTYPE=DTYPES[weights[0].dtype], G_DTYPE=DTYPES[grads[0].dtype], Q_DTYPE=q_dtype,
         HAS_R=R is not None, HAS_B=B is not None, IS_RANGE=is_range, AT_RANDOM=seeds is not None,
@@ -484,7 +484,7 @@ def dense_adamw(
             _adamw_kernel[triton.cdiv(size, 1024), len(W)](
                 _table(W, G, M, V, *seeds, second),
                 F.bias_correction(b1, t), F.bias_correction(b2, t), finite, size, settings["lr"], b1, b2,
-                settings["eps"], 1 - settings["lr"] * settings["weight_decay"],
+                1 - b1, 1 - b2, settings["eps"], 1 - settings["lr"] * settings["weight_decay"],
                 W_DTYPE=DTYPES[W[0].dtype], G_DTYPE=DTYPES[G[0].dtype], M_DTYPE=DTYPES[M[0].dtype],
                 ROUNDS_W=w_seeds[0] is not None, ROUNDS_M=m_seeds[0] is not None and M[0].dtype == torch.bfloat16,
                 INTERPRETED=INTERPRETED, BLOCK=1024,

@@ -62,10 +62,10 @@ def draws(seed, first_row, first_column, columns, ROWS: tl.constexpr, COLUMNS: t
 
 
 @triton.jit
-def looked_ahead(m, g, beta, G_DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
-    """X of `whole`. Beside half-precision gradients it is a bf16: both passes must mean the same X, and the first one
-    takes its product with a basis."""
-    x = beta * beta * m + (1 - beta * beta) * g
+def looked_ahead(m, g, beta, ahead, G_DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """X of `whole`; `ahead` is 1 - beta^2. Beside half-precision gradients it is a bf16, since the first pass takes
+    its product with a basis. Both passes must mean the same X: a compiler is not left to choose what it fuses."""
+    x = tl.fma(beta * beta, m, ahead * g)
     if tl.float32 != G_DTYPE:
         x = rounded_by(x, 0, tl.bfloat16, False, INTERPRETED).to(tl.float32)
     return x

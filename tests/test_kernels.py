@@ -66,7 +66,7 @@ from fira_hf import kernels
 
 INTEGERS = ("long", "short", "rank", "size")
 POINTERS = {"table": "*i64", "active": "*i1", "finite": "*i1"}
-NUMBERS = ("b1", "b2", "eps", "k", "decay", "lr", "beta")
+NUMBERS = ("b1", "b2", "c1", "c2", "eps", "k", "decay", "lr", "beta", "ahead", "share")
 
 def compiled(kernel, capability, warps, **constants):
     constants |= {"INTERPRETED": False}

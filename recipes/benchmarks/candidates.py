@@ -35,9 +35,9 @@ DEFAULTS: dict[str, Any] = {
     "nesterov": True,
     "beta": 0.9,
     "after": None,  # "rows" or "outputs" of the update are brought to one size, as in NorMuon (2510.05491)
+    "after_beta": 0.95,  # of the running mean square by which that is done
     "cautious": False,  # only where the update has the sign of the gradient, as in 2411.16085
 }
-AFTER_BETA = 0.95  # of the running mean square of a row of the update
 
 
 def unit(E: Tensor, dim: int) -> Tensor:
@@ -74,7 +74,7 @@ class Candidate(Peer):
         if group["after"]:
             dim = 0 if wide and group["after"] == "rows" else 1  # rows: of the weight with its long side first
             mean = update.square().mean(dim, keepdim=True)
-            state["of_rows"] = mean if "of_rows" not in state else state["of_rows"].lerp_(mean, 1 - AFTER_BETA)
+            state["of_rows"] = state.get("of_rows", mean).lerp(mean, 1 - group["after_beta"])
             norm = update.norm()
             update = update / state["of_rows"].sqrt().clamp(min=TINY)
             update = update * (norm / update.norm().clamp(min=TINY))

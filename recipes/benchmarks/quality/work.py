@@ -98,7 +98,9 @@ def execute(plan: Plan, run: Run, path: Path, command: list[str], tell: Tell, de
 
 def share(plan: Plan, workers: int, command: list[str], console: Console, device: str = "cpu") -> int:
     """`work` in so many processes of one thread each, and how far they are; returns how many runs failed."""
-    context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
+    # A fork of this process would inherit torch's threads; of one that has only imported torch, it begins at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     told = context.Queue()
     processes = [
         context.Process(target=_worker, args=(plan, command, told, device), daemon=True, name=f"worker {number}")
