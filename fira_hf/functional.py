@@ -26,7 +26,8 @@ and N goes into those of W.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +45,25 @@ TINY = torch.finfo(torch.float32).tiny  # divisors that may be zero are kept at 
 # Rows are taken in blocks of about this many elements, so that what is converted stays small and what is read twice
 # is still in the cache.
 BLOCK = 2**20
+
+
+@contextmanager
+def fp32_products() -> Iterator[None]:
+    """Products of fp32 are made in fp32, whatever the training allows: TF32 by TrainingArguments(tf32=True), bf16 by
+    torch.set_float32_matmul_precision("medium"). A basis that is found in less is not orthonormal.
+    """
+    backends: Any = torch.backends
+    of_devices = (backends.cuda.matmul, backends.mkldnn.matmul)
+    reduced = [one for one in of_devices if one.fp32_precision not in ("ieee", "none")]
+    before = [one.fp32_precision for one in reduced]
+    for one in reduced:
+        one.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for one, precision in zip(reduced, before, strict=True):
+            # "none" follows torch.backends.fp32_precision, as it did if the two are alike.
+            one.fp32_precision = "none" if precision == backends.fp32_precision else precision
 
 
 def tall(matrix: Tensor) -> Tensor:

@@ -182,6 +182,7 @@ class FiraAdamW(torch.optim.Optimizer):
                     'projection="svd" needs whole gradients, and FSDP shards them: set projection="power".'
                 )
 
+    @F.fp32_products()
     def _step_parameters(
         self,
         group: dict[str, Any],

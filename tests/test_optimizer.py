@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fira_hf import PUBLISHED, FiraAdamW
+from fira_hf import functional as F
 from reference import fira_step, gradients, weight
 
 
@@ -325,3 +326,42 @@ def test_groups_keep_their_own_settings():
         for optimizer in (one, *two):
             optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(together, apart, strict=True))
+
+
+def _reduced_by_trainer(of_products):
+    torch.backends.fp32_precision = "tf32"  # as transformers does for TrainingArguments(tf32=True)
+
+
+def _reduced_by_torch(of_products):
+    torch.set_float32_matmul_precision("medium")
+
+
+def _reduced_alone(of_products):
+    of_products.fp32_precision = "tf32"
+
+
+@pytest.mark.parametrize("reduce", [_reduced_by_trainer, _reduced_by_torch, _reduced_alone])
+def test_products_of_the_optimizer_are_fp32_whatever_the_training_allows(reduce, monkeypatch):
+    """In TF32 or bf16 no basis is orthonormal, and a weight without one is not trained. What was set stays so."""
+    both = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    first = [one.fp32_precision for one in both]
+    seen, sequence = [], list(gradients((128, 96), 3))
+    project = F.project
+    monkeypatch.setattr(F, "project", lambda *a: seen.append([one.fp32_precision for one in both]) or project(*a))
+    weights = []
+    try:
+        for how in (None, reduce):
+            if how is not None:
+                how(both[0])
+            before = [one.fp32_precision for one in both]
+            parameter = weight((128, 96))
+            run(FiraAdamW([{"params": [parameter], "rank": 32}], lr=1e-2), parameter, sequence)
+            assert [one.fp32_precision for one in both] == before
+            weights.append(parameter.detach())
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.fp32_precision = "none"
+        for one, precision in zip(both, first, strict=True):
+            one.fp32_precision = precision
+    assert before[0] == "tf32" and seen and all(set(one) <= {"ieee", "none"} for one in seen)
+    assert torch.equal(*weights) and not torch.equal(weights[0], weight((128, 96)))
