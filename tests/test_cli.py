@@ -16,7 +16,8 @@ from fira_hf.cli import main
 from fira_hf.memory import METHODS
 from recipes.commonsense import train
 from recipes.commonsense.dry_run import predict_memory as predict_dry_run
-from recipes.commonsense.model import load_without_weights, wrap
+from recipes.commonsense.model import wrap
+from recipes.models import load_without_weights
 from recipes.settings import load_settings
 
 ROOT = Path(__file__).parents[1]

@@ -18,8 +18,9 @@ from commonsense_tiny import WORDS, write_model, write_preset
 from conftest import RECIPE_ENVIRONMENT, ROOT, run_recipe
 from recipes import files
 from recipes.commonsense import data, train
-from recipes.commonsense.model import load_model, load_tokenizer
+from recipes.commonsense.model import load_tokenizer
 from recipes.commonsense.scoring import text_likelihoods
+from recipes.models import load_model
 from test_docs import read_blocks, read_commands
 
 RECIPE = Path(data.__file__).parent

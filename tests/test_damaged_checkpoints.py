@@ -14,8 +14,8 @@ import commonsense_tiny
 import pretraining_tiny
 from conftest import run_recipe
 from fira_hf.callbacks import read_record
-from recipes import checkpoints, errors, files, rundir
-from recipes.commonsense import compare, model, report, train
+from recipes import checkpoints, errors, files, models, rundir
+from recipes.commonsense import compare, report, train
 from recipes.pretraining import train as pretraining
 
 run = functools.partial(run_recipe, train)
@@ -277,7 +277,7 @@ def test_a_damaged_copy_of_the_converted_model_is_converted_again(preset, tmp_pa
     (tmp_path / "llm_tiny" / "__init__.py").touch()
     (tmp_path / "llm_tiny" / "tiny.gguf").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(model, "EMBEDDED_PACKAGE", "llm_tiny")
+    monkeypatch.setattr(models, "EMBEDDED_PACKAGE", "llm_tiny")
     monkeypatch.setenv("FIRA_HF_CACHE", str(tmp_path / "cache"))
     converted = []
 
@@ -299,12 +299,12 @@ def test_a_damaged_copy_of_the_converted_model_is_converted_again(preset, tmp_pa
         def result(self):
             pass
 
-    monkeypatch.setattr(model, "ProcessPoolExecutor", Pool)
-    weights = Path(model.embedded_model(), "model.safetensors")
-    model.embedded_model()
+    monkeypatch.setattr(models, "ProcessPoolExecutor", Pool)
+    weights = Path(models.embedded_model(), "model.safetensors")
+    models.embedded_model()
     assert converted == ["tiny.gguf"]
     DAMAGES[damage](weights)
-    model.load_model(model.EMBEDDED, "float32")
+    models.load_model(models.EMBEDDED, "float32")
     assert converted == ["tiny.gguf", "tiny.gguf"]
     assert f"{weights.parent} is damaged: model.safetensors" in capsys.readouterr().out
 
@@ -320,4 +320,4 @@ def test_a_damaged_model_is_named(preset, tmp_path, name, words):
     folder = Path(shutil.copytree(preset.parent / "model", tmp_path / "model"))
     cut(folder / name)
     with pytest.raises((ValueError, OSError), match=words):
-        model.load_model(str(folder), "float32")
+        models.load_model(str(folder), "float32")

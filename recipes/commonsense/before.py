@@ -13,9 +13,10 @@ from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from recipes import launch
 from recipes.commonsense import data
-from recipes.commonsense.model import load_model, load_tokenizer
+from recipes.commonsense.model import load_tokenizer
 from recipes.commonsense.settings import RECIPE, RecipeArguments
 from recipes.commonsense.train import encode_validation, evaluate
+from recipes.models import load_model
 
 
 def parse(settings: dict[str, Any]) -> tuple[RecipeArguments, TrainingArguments]:

@@ -13,8 +13,9 @@ from fira_hf.memory import MemoryEstimate, estimate_memory, switch_on_checkpoint
 from fira_hf.targets import find_targets
 from fira_hf.trainer import config_from_args
 from recipes.commonsense.data import load_questions, load_training
-from recipes.commonsense.model import load_without_weights, wrap
+from recipes.commonsense.model import wrap
 from recipes.commonsense.settings import RecipeArguments
+from recipes.models import load_without_weights
 
 GIB = 1024**3
 

@@ -26,9 +26,10 @@ import fira_hf  # registers optim="fira"
 from recipes import launch, measure, relora
 from recipes.commonsense import data
 from recipes.commonsense.dry_run import dry_run
-from recipes.commonsense.model import load_model, load_tokenizer, wrap
+from recipes.commonsense.model import load_tokenizer, wrap
 from recipes.commonsense.scoring import answer_losses, fingerprint, score
 from recipes.commonsense.settings import METHODS, RECIPE, RecipeArguments
+from recipes.models import load_model
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks transformers by the old name
 
