@@ -100,6 +100,79 @@ def test_fira_projects_the_matrices_of_attention_and_mlp(preset, tmp_path, capsy
     assert not (tmp_path / "model").exists()
 
 
+@pytest.fixture(scope="module")
+def pretrained(preset, tmp_path_factory) -> list[str]:
+    """Words that go on from a model that has learned the preset's text, with another text."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    run(preset, "adamw", folder / "run", "--max_steps", "60")
+    new = folder / "new"
+    new.mkdir()
+    lines = [f"Yesterday {n} was far above {n - 5}, they said.\n" for n in range(900, 1100)]
+    (new / "train.txt").write_text("".join(lines[:160]))
+    (new / "valid.txt").write_text("".join(lines[160:]))
+    words = ["--model_config", "null", "--model", str(folder / "run" / "model"), "--data_dir", str(new)]
+    return [*words, "--other_data_dir", str(preset / "text")]
+
+
+def test_a_pretrained_model_learns_the_new_text_and_forgets_the_old(preset, pretrained, tmp_path):
+    result = run(preset, "fira", tmp_path / "fira-seed42", *pretrained)
+    learned = json.loads(Path(pretrained[3]).parent.joinpath("result.json").read_text())
+    assert result["other_loss_before"] == pytest.approx(learned["eval_loss"], rel=1e-5)  # same tokens, same weights
+    assert result["eval_loss"] < result["eval_loss_before"] - 0.5
+    assert result["other_loss"] > result["other_loss_before"] + 0.1
+    assert (result["history"][0]["step"], result["history"][0]["eval_loss"]) == (0, result["eval_loss_before"])
+
+    # What is kept has the losses that are reported, with the tokenizer that it began with.
+    kept = [
+        *pretrained,
+        "--model",
+        str(tmp_path / "fira-seed42" / "model"),
+        "--learning_rate",
+        "0",
+        "--max_steps",
+        "1",
+    ]
+    again = run(preset, "adamw", tmp_path / "again", *kept)
+    for loss in ("eval_loss", "other_loss"):
+        assert again[f"{loss}_before"] == again[loss] == pytest.approx(result[loss], rel=1e-5)
+
+    assert report.main([str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| validation loss | gained | other text's loss | forgotten |" in text
+    gained, forgotten = (sign * (result[loss] - result[f"{loss}_before"]) for loss, sign in LOSSES)
+    assert f"| {result['eval_loss']:.3f} | {gained:.3f} | {result['other_loss']:.3f} | {forgotten:.3f} |" in text
+
+
+LOSSES = (("eval_loss", -1), ("other_loss", 1))
+
+
+@pytest.mark.parametrize("method", ["lora", "relora"])
+def test_lora_leaves_the_embeddings_of_a_pretrained_model(preset, pretrained, method, tmp_path):
+    result = run(preset, method, tmp_path, *pretrained)
+    assert result["trainable_parameters"] == 2 * 4 * (4 * (32 + 32) + 3 * (32 + 80))
+    assert result["eval_loss"] < result["eval_loss_before"] - 0.1
+    before, after = (LlamaForCausalLM.from_pretrained(folder) for folder in (pretrained[3], tmp_path / "model"))
+    assert torch.equal(before.model.embed_tokens.weight, after.model.embed_tokens.weight)
+    assert not torch.equal(before.model.layers[0].mlp.up_proj.weight, after.model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_run_that_is_resumed_still_knows_the_losses_before(preset, pretrained, tmp_path, monkeypatch):
+    whole = run(preset, "fira", tmp_path / "whole", *pretrained)
+
+    def stop_at_eight(self, args, state, control, **_):
+        if state.global_step == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.measure.StepTime.on_step_begin", stop_at_eight)
+        with pytest.raises(KeyboardInterrupt):
+            run(preset, "fira", tmp_path / "stopped", *pretrained)
+    resumed = run(preset, "fira", tmp_path / "stopped", *pretrained)
+    assert curve(resumed) == curve(whole)
+    for loss in ("eval_loss_before", "eval_loss", "other_loss_before", "other_loss"):
+        assert resumed[loss] == whole[loss]
+
+
 def test_a_restart_merges_the_adapters_and_begins_them_anew():
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**CONFIG))

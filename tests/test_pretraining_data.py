@@ -8,7 +8,11 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from transformers import LlamaConfig
 
+from fira_hf import FiraConfig
+from fira_hf.memory import build_on_meta
+from fira_hf.targets import find_targets
 from fira_hf.trainer import parse_optim_args
 from pretraining_tiny import sentences, write_config, write_preset, write_text
 from recipes import files
@@ -174,7 +178,21 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--method", "muon"], "method is 'muon'; it must be one of adamw, adamw-two-rates, fira"),
+        (["--method", "sgd"], "method is 'sgd'; it must be one of adamw, adamw-two-rates, fira"),
+        (
+            ["--model", "m"],
+            "config.json; set one of them: model to continue from its weights, model_config to begin anew",
+        ),
+        (["--model_config", "null"], "model is None and model_config None; set one of them"),
+        (
+            ["--model_config", "null", "--model", "m", "--tokenizer", "t"],
+            "tokenizer is t, but m has its own; leave it out",
+        ),
+        (["--other_data_dir", "d"], "other_data_dir is d, but a model from random weights has nothing to forget"),
+        (
+            ["--method", "lora-two-rates", "--dense_lr", "1", "--model_config", "null", "--model", "m"],
+            "LoRA on a pretrained model leaves as they are; choose lora",
+        ),
         (["--dense_lr", "1e-2"], "method is fira and dense_lr 0.01; adamw-two-rates and lora-two-rates need"),
         (["--method", "galore", "--optim", "fira"], "method galore cannot use optim fira"),
         (["--method", "relora"], "method relora needs relora_interval; set it to a number of optimizer steps"),
@@ -228,9 +246,27 @@ def test_every_size_has_every_method_and_the_ablation_every_variant():
     ranks = {method for method in METHODS if "-rank-" in method}
     assert found.pop("ranks") == ranks
     assert found.pop("ablation") == set(VARIANTS)
+    assert found.pop("continued") == CONTINUED | {"adamw", "lora", "fira", "fira-hf", "galore"}
     assert set(found) == {"tiny", "small", *PUBLISHED}
     for methods in found.values():
-        assert methods == set(METHODS) - ranks - set(VARIANTS) | {"fira"}
+        assert methods == set(METHODS) - ranks - set(VARIANTS) - CONTINUED | {"fira"}
+
+
+CONTINUED = {"lora-equal-bytes", "subspace-muon", "muon"}
+
+
+def test_lora_of_equal_bytes_has_those_of_fira():
+    """For SmolLM2-135M, whose shapes these are."""
+    shapes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    model = build_on_meta(LlamaConfig(**shapes, **heads), "float32")
+    folder = RECIPE.experiments / "continued"
+    optim_args = load_settings(RECIPE, folder / "fira-hf.yaml", {})["optim_args"]
+    fira = find_targets(model, FiraConfig(**parse_optim_args(optim_args))).state_bytes
+    lora = load_settings(RECIPE, folder / "lora-equal-bytes.yaml", {})
+    sides = sum(sum(p.shape) for name, p in model.named_parameters() if "attn" in name or "mlp" in name)
+    assert 2 * 4 * sides * lora["lora_rank"] == pytest.approx(fira, rel=0.005)
+    assert lora["lora_alpha"] == lora["lora_rank"]  # at scale 1, as the other LoRA
 
 
 # What the trained settings of a variant are, where they differ from Fira's.

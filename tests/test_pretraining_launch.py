@@ -10,7 +10,8 @@ from conftest import launch
 from pretraining_tiny import write_preset
 from recipes import files
 
-# Trains on packed text with restarts, and on a stream of documents of different lengths as C4 is one.
+# Trains on packed text with restarts, on a stream of documents of different lengths as C4 is one, and from what was
+# learned first.
 SCRIPT = """
 import os
 import sys
@@ -44,6 +45,10 @@ tokenizer = str(folder / "packed" / "model")
 stream = ["--per_device_eval_batch_size", str(4 // int(os.environ["WORLD_SIZE"]))]
 stream += ["--data_dir", "c4", "--tokenizer", tokenizer, "--eval_tokens", "240", "--sequence_length", "40"]
 assert train.main([str(preset / "adamw.yaml"), "--output_dir", str(folder / "stream"), *stream]) == 0
+# A model that was evaluated before its training would be trained by each process for itself.
+continued = ["--model_config", "null", "--model", tokenizer, "--other_data_dir", str(preset / "text")]
+continued += ["--optim", "adamw_torch", "--learning_rate", "1e-3"]
+assert train.main([str(preset / "adamw.yaml"), "--output_dir", str(folder / "continued"), *continued]) == 0
 """
 
 
@@ -59,7 +64,7 @@ def folders(tmp_path_factory) -> list[Path]:
     return found
 
 
-@pytest.mark.parametrize("run", ["packed", "stream"])
+@pytest.mark.parametrize("run", ["packed", "stream", "continued"])
 def test_two_processes_train_as_one(folders, run):
     one, two = (files.read_json(folder / run / "result.json") for folder in folders)
     assert (one["status"], two["status"]) == ("ok", "ok")
@@ -68,4 +73,5 @@ def test_two_processes_train_as_one(folders, run):
     losses = [[entry["loss"] for entry in result["history"] if "loss" in entry] for result in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert one["training_tokens"] == two["training_tokens"]
-    assert one["eval_loss"] == pytest.approx(two["eval_loss"], rel=1e-3)
+    for key in [key for key in one if "eval_loss" in key or "other_loss" in key]:
+        assert one[key] == pytest.approx(two[key], rel=1e-3)

@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from recipes import errors
+from recipes import errors, models
 from recipes.pretraining.settings import C4, EMBEDDED, RecipeArguments
 from recipes.text import blocks, train_tokenizer
 
@@ -35,21 +35,22 @@ def load(
         ValueError: a file is empty, malformed or too short, or the tokenizer has more tokens than the model.
     """
     if arguments.data_dir == C4:
-        tokenizer = _load_tokenizer(arguments.tokenizer)
-        train, valid = (stream_c4(split, tokenizer, arguments.sequence_length, seed) for split in ("train", "valid"))
-        return tokenizer, train, _first_tokens((row["input_ids"] for row in valid), arguments.eval_tokens)
+        tokenizer = _load_tokenizer(arguments)
+        train = stream_c4("train", tokenizer, arguments.sequence_length, seed)
+        return tokenizer, train, _first_of_c4(tokenizer, arguments)
     texts = {split: read(arguments.data_dir, split) for split in ("train", "valid")}
-    if arguments.tokenizer is None:
+    if arguments.tokenizer is None and arguments.model is None:
         lines = chain.from_iterable(text.splitlines(keepends=True) for text in texts["train"])
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(lines, vocab_size, (END,)), eos_token=END)
     else:
-        tokenizer = _load_tokenizer(arguments.tokenizer)
+        tokenizer = _load_tokenizer(arguments)
     packed = {split: _pack(texts[split], tokenizer, arguments, split) for split in texts}
     largest = max(int(of_split.max()) for of_split in packed.values())
     if largest >= vocab_size:
         raise ValueError(
-            f"tokenizer {arguments.tokenizer} yields the token {largest}, but the vocab_size of "
-            f"{arguments.model_config} is {vocab_size}; choose another tokenizer or raise vocab_size."
+            f"tokenizer {arguments.tokenizer or arguments.model} yields the token {largest}, but the vocab_size of "
+            f"{arguments.model_config or arguments.model} is {vocab_size}; choose another tokenizer or raise "
+            "vocab_size."
         )
     return (
         tokenizer,
@@ -58,7 +59,24 @@ def load(
     )
 
 
-def _load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
+def load_other(arguments: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The validation data of `other_data_dir`."""
+    if arguments.other_data_dir == C4:
+        return _first_of_c4(tokenizer, arguments)
+    texts = read(arguments.other_data_dir, "valid", "other_data_dir")
+    packed = _pack(texts, tokenizer, arguments, "valid", "other_data_dir")
+    return _first_tokens(packed.tolist(), arguments.eval_tokens)
+
+
+def _first_of_c4(tokenizer: PreTrainedTokenizerBase, arguments: RecipeArguments) -> Dataset:
+    rows = stream_c4("valid", tokenizer, arguments.sequence_length, seed=0)
+    return _first_tokens((row["input_ids"] for row in rows), arguments.eval_tokens)
+
+
+def _load_tokenizer(arguments: RecipeArguments) -> PreTrainedTokenizerBase:
+    if arguments.model is not None:
+        return models.load_tokenizer(arguments.model, model_max_length=NO_LIMIT)
+    name = arguments.tokenizer
     try:
         # Texts are cut or packed here, whatever length the tokenizer's own model had.
         return AutoTokenizer.from_pretrained(name, model_max_length=NO_LIMIT)
@@ -68,8 +86,8 @@ def _load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def read(data_dir: str, split: str) -> list[str]:
-    """The texts of a split, "train" or "valid"."""
+def read(data_dir: str, split: str, setting: str = "data_dir") -> list[str]:
+    """The texts of a split, "train" or "valid"; `setting` is what named the folder."""
     if data_dir == EMBEDDED:
         # Python's own manual, which it carries for help(). Topics share whole sections, so the paragraphs are made
         # unique before every tenth is set aside.
@@ -80,11 +98,13 @@ def read(data_dir: str, split: str) -> list[str]:
     found = [path for kind in ("txt", "jsonl") if (path := Path(data_dir, f"{split}.{kind}")).is_file()]
     if not found:
         raise FileNotFoundError(
-            f"data_dir is {data_dir}, where there is neither {split}.txt nor {split}.jsonl; "
+            f"{setting} is {data_dir}, where there is neither {split}.txt nor {split}.jsonl; "
             f"name a folder that has one of them, {C4} or {EMBEDDED}."
         )
     if len(found) > 1:
-        raise ValueError(f"data_dir is {data_dir}, where there are {split}.txt and {split}.jsonl; remove one of them.")
+        raise ValueError(
+            f"{setting} is {data_dir}, where there are {split}.txt and {split}.jsonl; remove one of them."
+        )
     path = found[0]
     text = path.read_text(encoding="utf-8")
     if not text.strip():
@@ -105,7 +125,13 @@ def _text_of(line: str, where: str) -> str:
     return record["text"]
 
 
-def _pack(texts: list[str], tokenizer: PreTrainedTokenizerBase, arguments: RecipeArguments, split: str) -> Tensor:
+def _pack(
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: RecipeArguments,
+    split: str,
+    setting: str = "data_dir",
+) -> Tensor:
     """(blocks, sequence_length) of all texts one after another, without the rest."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens = array("i")
@@ -117,8 +143,8 @@ def _pack(texts: list[str], tokenizer: PreTrainedTokenizerBase, arguments: Recip
         tokens.extend(end)
     if len(tokens) < arguments.sequence_length:
         raise ValueError(
-            f"data_dir is {arguments.data_dir}, whose {split} text has {len(tokens):,} tokens, less than one "
-            f"sequence; lower sequence_length, which is {arguments.sequence_length}, or give more text."
+            f"{setting} is {getattr(arguments, setting)}, whose {split} text has {len(tokens):,} tokens, less than "
+            f"one sequence; lower sequence_length, which is {arguments.sequence_length}, or give more text."
         )
     return blocks(torch.frombuffer(tokens, dtype=torch.int32), arguments.sequence_length)
 

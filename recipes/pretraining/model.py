@@ -1,4 +1,4 @@
-"""The LLaMA that is trained, from its configuration."""
+"""The model that is trained: a LLaMA from its configuration, or one that is pretrained."""
 
 from __future__ import annotations
 

@@ -24,21 +24,49 @@ COLUMNS: list[report.Column] = [
     ("peak memory", lambda run: run["peak_memory"]["bytes"], format_bytes, False),
     ("tokens/s", lambda run: run["tokens_per_second"], "{:,.0f}".format, False),
 ]
+# Where a pretrained model is trained.
+GAINED: report.Column = ("gained", lambda run: _fall(run, "eval_loss", 1), "{:.3f}".format, True)
+FORGOTTEN: list[report.Column] = [
+    ("other text's loss", lambda run: run["other_loss"], "{:.3f}".format, True),
+    ("forgotten", lambda run: _fall(run, "other_loss", -1), "{:.3f}".format, True),
+]
 PANELS = [
     ("loss", "training loss", "loss (nats a token)", "linear"),
     ("perplexity", "validation perplexity", "perplexity", "log"),
 ]
 
 
+def _fall(run: dict[str, Any], loss: str, sign: int) -> float:
+    return sign * (run[f"{loss}_before"] - run[loss])
+
+
+def columns(runs: list[dict[str, Any]]) -> tuple[list[report.Column], str]:
+    """Those of these runs, and what they hold that a model from random weights has not."""
+    at = 1 + [title for title, *_ in COLUMNS].index("validation loss")
+    if not all("eval_loss_before" in run for run in runs):
+        return COLUMNS, ""
+    before = runs[0]["eval_loss_before"]
+    notes = f" Gained: what the validation loss, {before:.3f} before training, has fallen by."
+    if not all("other_loss_before" in run for run in runs):
+        return [*COLUMNS[:at], GAINED, *COLUMNS[at:]], notes
+    notes += (
+        f" Forgotten: what the loss on {runs[0]['all_settings']['other_data_dir']}, "
+        f"{runs[0]['other_loss_before']:.3f} before training, has risen by."
+    )
+    return [*COLUMNS[:at], GAINED, *FORGOTTEN, *COLUMNS[at:]], notes
+
+
 def describe(runs: list[dict[str, Any]], folder: Path) -> tuple[list[str], list[list[list[str]]], dict[str, Any]]:
-    first, table = runs[0], report.tabulate(runs, COLUMNS)
+    first, (shown, notes) = runs[0], columns(runs)
+    table = report.tabulate(runs, shown)
+    model = first["all_settings"].get("model") or first["all_settings"]["model_config"]
     losses = (
         "Perplexity: e to the validation loss, the mean over the validation text after the last step. "
-        "Train loss: the last one logged."
+        f"Train loss: the last one logged.{notes}"
     )
     plot_losses(runs, folder / "loss.png", PANELS)
     parts = [
-        f"Model {first['all_settings']['model_config']} with {first['parameters']:,} parameters, data "
+        f"Model {model} with {first['parameters']:,} parameters, data "
         f"{first['all_settings']['data_dir']}, {first['training_tokens']:,} training tokens in {first['steps']:,} "
         f"optimizer steps, {first['eval_tokens']:,} tokens for validation, seeds {report.seeds(runs)}.",
         report.where(runs),

@@ -25,6 +25,10 @@ METHODS = {
     "lora": Method(lora=True, optimizers=ADAMW),
     "lora-two-rates": Method(lora=True, optimizers=ADAMW),
     "relora": Method(lora=True, optimizers=ADAMW),
+    # What continues a pretrained model beside these.
+    "lora-equal-bytes": Method(lora=True, optimizers=ADAMW),
+    "subspace-muon": FIRA,
+    "muon": FIRA,
     # The paper's ablation and sweeps: what each is lies in the settings of its experiment.
     "fira-matrix": FIRA,
     "fira-without-scaling": FIRA,
@@ -45,7 +49,7 @@ METHODS = {
 RECIPE = Recipe(
     package="recipes.pretraining",
     methods=METHODS,
-    paths=frozenset({"output_dir", "data_dir", "model_config", "tokenizer"}),
+    paths=frozenset({"output_dir", "data_dir", "other_data_dir", "model", "model_config", "tokenizer"}),
     derived={
         "optim_target_modules": "it is the linear layers of attention and MLP, as published",
         "include_num_input_tokens_seen": "tokens are always counted, without padding",
@@ -58,7 +62,16 @@ class RecipeArguments(RestartArguments):
     """The recipe's settings beside `transformers.TrainingArguments`."""
 
     method: str = field(metadata={"help": "One of " + ", ".join(METHODS) + "."})
-    model_config: str = field(metadata={"help": "config.json of the LLaMA that is trained from random weights."})
+    model_config: str | None = field(
+        default=None, metadata={"help": "config.json of the LLaMA that is trained from random weights."}
+    )
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "In place of model_config: the pretrained model to continue from, with its own tokenizer; "
+            "smollm2-135m-instruct, or the path or hub name of any causal language model."
+        },
+    )
     dtype: str = field(default="float32", metadata={"help": "Of the weights: float32 or bfloat16."})
     data_dir: str = field(
         default=EMBEDDED,
@@ -67,8 +80,13 @@ class RecipeArguments(RestartArguments):
             f"{C4}: C4-en from the hub; {EMBEDDED}: a text that Python carries."
         },
     )
+    other_data_dir: str | None = field(
+        default=None,
+        metadata={"help": "Like data_dir, of which only valid is read: what does a pretrained model forget of it?"},
+    )
     tokenizer: str | None = field(
-        default=None, metadata={"help": "Path or hub name; by default one is learned from the training text."}
+        default=None,
+        metadata={"help": "Path or hub name; by default one is learned from the training text, or the model's own."},
     )
     sequence_length: int = field(default=256, metadata={"help": "Tokens in a sequence."})
     eval_tokens: int = field(default=10_000_000, metadata={"help": "Evaluate on the first so many tokens."})
@@ -91,6 +109,7 @@ class RecipeArguments(RestartArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1.")
+        self._check_model()
         method = METHODS[self.method]
         if self.analysis_steps and (method.lora or method.optimizers[0] not in (*ADAMW, *FIRA.optimizers)):
             raise ValueError(
@@ -103,7 +122,26 @@ class RecipeArguments(RestartArguments):
                 f"method is {self.method} and dense_lr {self.dense_lr}; adamw-two-rates and lora-two-rates need it, "
                 "no other has it."
             )
-        if self.data_dir == C4 and self.tokenizer is None:
+        if self.data_dir == C4 and self.tokenizer is None and self.model is None:
             raise ValueError(
                 f"data_dir {C4} is a stream, from which no tokenizer is learned; set tokenizer (t5-base)."
+            )
+
+    def _check_model(self) -> None:
+        if (self.model is None) == (self.model_config is None):
+            both = f"model is {self.model} and model_config {self.model_config}"
+            raise ValueError(
+                f"{both}; set one of them: model to continue from its weights, model_config to begin anew."
+            )
+        if self.model is None and self.other_data_dir is not None:
+            raise ValueError(
+                f"other_data_dir is {self.other_data_dir}, but a model from random weights has nothing to forget; "
+                "leave it out, or set model in place of model_config."
+            )
+        if self.model is not None and self.tokenizer is not None:
+            raise ValueError(f"tokenizer is {self.tokenizer}, but {self.model} has its own; leave it out.")
+        if self.model is not None and self.method == "lora-two-rates":
+            raise ValueError(
+                "method lora-two-rates has a rate for embeddings and norms, which LoRA on a pretrained model leaves "
+                "as they are; choose lora."
             )
