@@ -89,9 +89,19 @@ def write_preset(folder: Path, model: Path, data: Path) -> Path:
     flora = {"optim_args": "rank=4, update_proj_gap=3, projection=random, residual=none"}
     methods = {"fira-full": fira, "galore-full": galore, "flora-full": flora, "adamw-full": {}}
     methods |= {
+        "fira-published-full": {"optim_args": "preset=published, rank=4, update_proj_gap=3"},
+        "subspace-muon-full": {"optim_args": "preset=subspace-muon, rank=4, dense_lr=1e-3"},
+        "muon-full": {"optim_args": "base_optimizer=muon, rank=32, projection=columns, residual=none, dense_lr=1e-3"},
+    }
+    methods |= {
         f"{name}-on-lora": lora | own for name, own in {"fira": fira, "galore": galore, "flora": flora}.items()
     }
-    methods |= {"lora": lora, "dora": lora, "relora": lora | {"relora_interval": 6, "relora_warmup": 2}}
+    methods |= {
+        "lora": lora,
+        "lora-equal-bytes": {"lora_rank": 8},
+        "dora": lora,
+        "relora": lora | {"relora_interval": 6, "relora_warmup": 2},
+    }
     for method, own in methods.items():
         experiment = {"defaults": "base.yaml", "method": method} | own
         (folder / f"{method}.yaml").write_text(yaml.safe_dump(experiment))
