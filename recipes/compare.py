@@ -1,4 +1,4 @@
-"""Run the methods of a preset one after the other and report on them: what the recipes' compare commands do."""
+"""Run the methods of a preset and report on them: what the recipes' compare commands do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ def parser(recipe: Recipe, description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("preset", help=f"{recipe.presets}, or a folder with <method>.yaml files")
     parser.add_argument("--output_dir", type=Path, required=True, help="one folder for all runs and the report")
     parser.add_argument("--methods", type=lambda text: text.split(","), help="default: all that the preset has")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, each with its log.txt; default: 1")
     return parser
+
+
+def check_parallel(parallel: int) -> None:
+    """Raises ValueError."""
+    if parallel < 1:
+        raise ValueError(f"parallel is {parallel}; it must be at least 1, the runs at a time.")
 
 
 def compare(
@@ -30,6 +37,7 @@ def compare(
     arguments.add_argument("--seeds", type=lambda text: text.split(","), default=["42"], help="default: 42")
     options, overrides = arguments.parse_known_args(words)
     try:
+        check_parallel(options.parallel)
         if "seed" in read_overrides(overrides):
             raise ValueError("The seed is set by --seeds.")
         methods = [
@@ -51,7 +59,7 @@ def compare(
             before = [runner.plan(recipe, BEFORE, experiment, overrides, folder, program="before")]
     except (ValueError, OSError) as error:
         return errors.refuse(error)
-    failed = runner.execute([*before, *methods])
+    failed = runner.execute([*before, *methods], options.parallel)
     console.rule("report")
     try:
         write_report(options.output_dir)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from recipes import files, processes, rundir
 from recipes.settings import Recipe, load_settings, read_overrides
 
 console = Console(soft_wrap=True)
+LOG = "log.txt"  # in a run's folder, what it prints
 
 
 @dataclass
@@ -48,32 +51,56 @@ def plan(recipe: Recipe, name: str, experiment: Path, words: list[str], folder: 
     return Run(name, command, settings, folder, rundir.is_finished(folder, settings))
 
 
-def execute(runs: list[Run]) -> list[Run]:
-    """Run what is not finished, one after the other; returns the failed ones. Each leaves a result.json."""
-    failed = []
-    for number, run in enumerate(runs, start=1):
-        console.rule(f"{number} of {len(runs)}: {run.name}")
+def execute(runs: list[Run], parallel: int = 1) -> list[Run]:
+    """Run what is not finished, `parallel` at a time; returns the failed ones. Each leaves a result.json.
+
+    Where several run at once, what each prints goes into its folder.
+    """
+
+    def succeeds(number: int, run: Run) -> bool:
+        title = f"{number} of {len(runs)}: {run.name}"
+        if parallel == 1:
+            console.rule(title)
         if run.finished:
-            console.print(f"complete in {run.folder}")
-        elif not _execute(run):
-            failed.append(run)
-            error = escape(files.read_json(run.folder / rundir.RESULT)["error"])  # brackets are not for rich
-            console.print(f"[bold red]{run.name} failed[/]: {error}")
-    return failed
+            console.print(f"complete in {run.folder}" if parallel == 1 else f"{title} is complete in {run.folder}")
+            return True
+        if parallel > 1:
+            console.print(f"{title} begins")
+        log = run.folder / LOG if parallel > 1 else None
+        if _execute(run, log):
+            if parallel > 1:
+                console.print(f"{title} is complete")
+            return True
+        error = escape(files.read_json(run.folder / rundir.RESULT)["error"])  # brackets are not for rich
+        console.print(f"[bold red]{run.name} failed[/]: {error}")
+        return False
+
+    with ThreadPoolExecutor(parallel) as pool:
+        succeeded = list(pool.map(succeeds, range(1, len(runs) + 1), runs))
+    return [run for run, is_done in zip(runs, succeeded, strict=True) if not is_done]
 
 
-def _execute(run: Run) -> bool:
+def _execute(run: Run, log: Path | None) -> bool:
     result = run.folder / rundir.RESULT
     result.unlink(missing_ok=True)  # that of an earlier, failed attempt
-    code = subprocess.run(run.command, check=False).returncode
+    if log is None:
+        code = subprocess.run(run.command, check=False).returncode
+    else:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w", encoding="utf-8") as file:
+            # Progress bars are for a terminal.
+            command = [*run.command, "--disable_tqdm", "true"]
+            environment = os.environ | {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+            code = subprocess.run(
+                command, check=False, env=environment, stdout=file, stderr=subprocess.STDOUT
+            ).returncode
     if not result.is_file():
-        rundir.write_failure(run.folder, run.settings, _explain(code))
+        rundir.write_failure(run.folder, run.settings, _explain(code, log))
     return code == 0
 
 
-def _explain(code: int) -> str:
+def _explain(code: int, log: Path | None) -> str:
     if code == -signal.SIGKILL:
         return "killed by the system (signal 9), most likely for want of memory"
-    return (
-        f"ended by signal {-code}" if code < 0 else f"ended with exit status {code}; its error is in the output above"
-    )
+    where = "the output above" if log is None else LOG
+    return f"ended by signal {-code}" if code < 0 else f"ended with exit status {code}; its error is in {where}"

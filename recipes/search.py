@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from recipes import errors, files, processes, rundir, runner
-from recipes.compare import parser
+from recipes.compare import check_parallel, parser
 from recipes.runner import console
 from recipes.settings import Recipe
 
@@ -25,6 +25,7 @@ def search(
     key, _, values = options.values.partition("=")
     runs: dict[str, dict[str, runner.Run]] = {}
     try:
+        check_parallel(options.parallel)
         if not values:
             raise ValueError(f"--values is {options.values!r}; write key=value,value,...")
         for method, experiment in runner.find_experiments(recipe, options.preset, options.methods).items():
@@ -35,7 +36,7 @@ def search(
                 runs[method][value] = runner.plan(recipe, name, experiment, changes, options.output_dir / name)
     except (ValueError, OSError) as error:
         return errors.refuse(error)
-    runner.execute([run for of_method in runs.values() for run in of_method.values()])
+    runner.execute([run for of_method in runs.values() for run in of_method.values()], options.parallel)
 
     found = {method: _choose(of_method) for method, of_method in runs.items()}
     files.write_json(options.output_dir / "search.json", {"setting": key, "minimised": minimised, "methods": found})

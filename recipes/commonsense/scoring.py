@@ -172,7 +172,8 @@ def _batches(items: list, lengths: list[int], size: int, progress: str | None) -
     """
     rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     order = sorted(range(len(items)), key=lambda index: -lengths[index])
-    with tqdm(total=len(items), desc=progress, disable=progress is None or rank > 0) as bar:
+    # None: no bar where there is no terminal
+    with tqdm(total=len(items), desc=progress, disable=progress is None or rank > 0 or None) as bar:
         for start in range(0, len(order), size * processes):
             block = order[start : start + size * processes]
             yield [items[index] for index in block[rank::processes] or block[:1]]

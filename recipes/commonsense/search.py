@@ -1,7 +1,7 @@
 """Choose one setting, as a rule the learning rate, for each method of a preset.
 
     python -m recipes.commonsense.search smollm2 --output_dir runs/search --values learning_rate=1e-5,3e-5,1e-4
-        [--methods lora,fira-full] [--key value ...]
+        [--methods lora,fira-full] [--parallel 2] [--key value ...]
 
 Trains each method once per value (make it brief: --max_steps 30) and names the value with the lowest validation loss:
 the mean loss of the response's tokens ("the correct answer is ..." and the end of text) over the validation examples,

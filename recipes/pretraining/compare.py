@@ -1,7 +1,7 @@
-"""Run the methods of a preset one after the other and report on them.
+"""Run the methods of a preset and report on them.
 
     python -m recipes.pretraining.compare tiny --output_dir runs/tiny [--methods adamw,fira] [--seeds 0,1]
-        [--key value ...]
+        [--parallel 2] [--key value ...]
 
 Further settings go to every method. The same command again skips what is complete, continues what was interrupted and
 repeats what failed.

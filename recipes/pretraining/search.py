@@ -1,7 +1,7 @@
 """Choose one setting, as a rule the learning rate, for each method of a preset.
 
     python -m recipes.pretraining.search tiny --output_dir runs/search --values learning_rate=1e-3,3e-3,1e-2
-        [--methods adamw,fira] [--key value ...]
+        [--methods adamw,fira] [--parallel 2] [--key value ...]
 
 Trains each method once per value and names the value with the lowest validation loss. Results go to
 OUTPUT_DIR/search.json; the same command continues an interrupted search.
