@@ -218,7 +218,27 @@ def cost_table(content: dict[str, Any]) -> str:
     return f"{markdown(header, counts)}\n\n{markdown(others, times)}"
 
 
+def gpu_table(content: dict[str, Any]) -> str:
+    """Of a step.json that `recipes.benchmarks.gpu` wrote: what was measured, of fused AdamW beside it."""
+    steps, launches = [], []
+    for name, row in content["cells"].items():
+        size, dtype = name.split(",")[0].split()
+        model = f"{size.upper()}, {dtype}, {row['layers']} layers"
+        if "milliseconds" in row and isinstance(row["milliseconds"], dict):
+            base = row["milliseconds"]["adamw"]["ordinary"]
+            for method, found in row["milliseconds"].items():
+                times = [f"{found[key]:,.2f}" if key in found else "" for key in ("ordinary", "refresh", "amortised")]
+                steps.append([f"{model}, rank {row['rank']}", method, *times, f"{found['ordinary'] / base:.2f}"])
+        elif row.get("launches") is not None:
+            cells = [name.partition(" of ")[2], f"{row['launches']:,}", f"{row['device_milliseconds']:,.2f}"]
+            launches.append([model, *cells, f"{row['waits']:.0%}"])
+    header = ["matrices of LLaMA", "", "ordinary step, ms", "refresh step, ms", "average, ms", "ordinary, of AdamW"]
+    others = ["an ordinary step", "", "launches", "the GPU works, ms", "it waits for the host"]
+    return f"{markdown(header, steps)}\n\n{markdown(others, launches)}"
+
+
 TABLES = {
+    "gpu": gpu_table,
     "step": step_table,
     "memory": memory_table,
     "basis": basis_table,
