@@ -5,7 +5,7 @@
     python -m recipes.pretraining.german *.deb --output_dir data/german
 
 Reads the packages without installing them. Kept are the paragraphs in German, each once: a translation is often
-unfinished, and the manuals share notices. The text keeps the licences of the packages (the GPL, CC BY-SA, or one of its own).
+unfinished, and the manuals share notices. Licences stay those of the packages: the GPL, CC BY-SA, or their own.
 """
 
 from __future__ import annotations
