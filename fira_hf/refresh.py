@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -162,10 +163,14 @@ class _OfMoments:
 
 def _take(matrix: Matrix, Q: Tensor | None, wait: int, group: dict[str, Any]) -> None:
     """Gives the matrix its new basis; None is a basis that could not be found: the old one stays, if there is one."""
-    if Q is not None and matrix.begun:
-        _change_basis(matrix, Q, None, group)
+    if matrix.begun:
+        if Q is not None:
+            _change_basis(matrix, Q, None, group)
     elif Q is not None:
         matrix.begin(Q, group)
+    else:
+        message = "No orthonormal basis was found in a finite gradient: the matrix, {} x {}, stays as it is now."
+        warnings.warn(message.format(*matrix.shape), RuntimeWarning, stacklevel=2)
     if matrix.begun:
         matrix.refresh_in = wait
 

@@ -1,10 +1,12 @@
 """When bases are refreshed, and what becomes of the moments."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 
+import fira_hf
 from fira_hf import PUBLISHED, FiraAdamW
 from fira_hf import functional as F
 from reference import gradients, weight
@@ -188,3 +190,23 @@ def test_an_aligned_basis_spans_the_new_subspace_and_lies_closest_to_the_old():
     assert torch.allclose(overlap, overlap.T, atol=1e-4)
     assert torch.linalg.eigvalsh(overlap).min() >= -1e-5
     assert torch.allclose(M_new, M, atol=1e-4)
+
+
+def test_a_matrix_without_a_basis_says_that_it_is_not_trained(monkeypatch):
+    """Its gradient is finite, so nothing else would tell. Zero and non-finite ones are no reason for a warning."""
+    p = weight((40, 24))
+    optimizer = FiraAdamW([{"params": [p], "rank": 4}], lr=1e-3)
+    before = p.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for value in (0.0, torch.nan):
+            p.grad = torch.full_like(p, value)
+            optimizer.step()
+    with monkeypatch.context() as broken:
+        broken.setattr(fira_hf.refresh, "find_bases", lambda grads, *_: [None] * len(grads))
+        p.grad = gradients((40, 24), 1)[0]
+        with pytest.warns(RuntimeWarning, match="No orthonormal basis .* 40 x 24, stays as it is"):
+            optimizer.step()
+    assert torch.equal(p, before)
+    optimizer.step()
+    assert not torch.equal(p, before)
