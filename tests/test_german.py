@@ -55,12 +55,13 @@ def test_german_paragraphs_are_kept_once_and_divided_in_pieces(tmp_path, capsys)
     ("pages", "message"),
     [
         ({"en/a.html": "<p>x</p>"}, "has no German text; leave it out, or name its German version (-de)."),
-        (None, "is no Debian package; name .deb files"),
+        (b"text", "is no Debian package; name .deb files"),
+        (f"!<arch>\n{'data.tar.zst':<48}{4:<10}`\nzstd".encode(), "has a data.tar.zst that Python cannot read"),
     ],
 )
 def test_what_has_no_german_text_is_refused(tmp_path, capsys, pages, message):
     path = tmp_path / "x.deb"
-    path.write_bytes(b"text") if pages is None else write_package(path, pages)
+    path.write_bytes(pages) if isinstance(pages, bytes) else write_package(path, pages)
     assert german.main([str(path), "--output_dir", str(tmp_path / "text")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "text").exists()

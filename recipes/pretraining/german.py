@@ -69,10 +69,14 @@ def pages(package: Path) -> Iterator[str]:
         name, size = content[position : position + 16].decode().strip(), int(content[position + 48 : position + 58])
         start = position + 60
         if name.startswith("data.tar"):
-            with tarfile.open(fileobj=io.BytesIO(content[start : start + size])) as archive:
-                members = [member for member in archive if member.isfile() and PAGES.search(member.name)]
-                for member in sorted(members, key=lambda member: member.name):
-                    yield archive.extractfile(member).read().decode("utf-8", errors="replace")
+            try:
+                with tarfile.open(fileobj=io.BytesIO(content[start : start + size])) as archive:
+                    members = [member for member in archive if member.isfile() and PAGES.search(member.name)]
+                    for member in sorted(members, key=lambda member: member.name):
+                        yield archive.extractfile(member).read().decode("utf-8", errors="replace")
+            except tarfile.TarError as error:  # Ubuntu's are compressed by zstd
+                message = f"{package} has a {name} that Python cannot read ({error}); take Debian's."
+                raise ValueError(message) from error
         position = start + size + size % 2
 
 
