@@ -257,6 +257,10 @@ def test_the_embedded_model_is_converted_once_and_completely(tmp_path, monkeypat
 
     tokenizer = load_tokenizer(models.EMBEDDED)  # from the cache: no conversion
     assert (tokenizer.padding_side, tokenizer.pad_token) == ("left", "<unk>")
+    rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [5], "labels": [5]}]
+    batch = model.collator(tokenizer)(rows)  # no token attends to nothing
+    assert batch["attention_mask"][1].tolist() == [1] + 7 * [0] and batch["labels"][1].tolist() == [5] + 7 * [-100]
+    assert tokenizer.padding_side == "left"
     assert models.load_model(models.EMBEDDED, "bfloat16").dtype.itemsize == 2
 
 

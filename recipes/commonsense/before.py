@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import DataCollatorForSeq2Seq, TrainingArguments
+from transformers import TrainingArguments
 
 from recipes import launch
 from recipes.commonsense import data
-from recipes.commonsense.model import load_tokenizer
+from recipes.commonsense.model import collator, load_tokenizer
 from recipes.commonsense.settings import RECIPE, RecipeArguments
 from recipes.commonsense.train import encode_validation, evaluate
 from recipes.models import load_model
@@ -33,7 +33,7 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
         model=load_model(arguments.model, arguments.dtype),
         args=training,
         eval_dataset=validation,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
+        data_collator=collator(tokenizer),
         processing_class=tokenizer,
     )
     eval_loss = trainer.evaluate()["eval_loss"] if validation else None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 from fira_hf import FiraConfig
 from fira_hf.targets import find_targets
@@ -21,6 +23,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
+    """Batches padded on the right. On the left padding attends to nothing, for which cuDNN's attention in torch 2.11
+    has gradients of NaN at some lengths (pytorch issue 196678). Scoring pads on the left, as generation needs it.
+    """
+    padding = copy.copy(tokenizer)
+    padding.padding_side = "right"
+    return DataCollatorForSeq2Seq(padding, pad_to_multiple_of=8)
 
 
 def wrap(model: PreTrainedModel, arguments: RecipeArguments) -> PreTrainedModel | PeftModel:

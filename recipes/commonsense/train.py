@@ -14,7 +14,6 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import (
-    DataCollatorForSeq2Seq,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -26,7 +25,7 @@ import fira_hf  # registers optim="fira"
 from recipes import launch, measure, relora
 from recipes.commonsense import data
 from recipes.commonsense.dry_run import dry_run
-from recipes.commonsense.model import load_tokenizer, wrap
+from recipes.commonsense.model import collator, load_tokenizer, wrap
 from recipes.commonsense.scoring import answer_losses, fingerprint, score
 from recipes.commonsense.settings import METHODS, RECIPE, RecipeArguments
 from recipes.models import load_model
@@ -63,7 +62,7 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
         args=training,
         train_dataset=encoded,
         eval_dataset=validation,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
+        data_collator=collator(tokenizer),
         processing_class=tokenizer,
         callbacks=callbacks,
     )
