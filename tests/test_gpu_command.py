@@ -148,7 +148,36 @@ def test_a_profile_is_counted():
     events += [event("Optimizer.step#FiraAdamW.step", cuda, 9_000_000, True), event("aten::mm", cpu, 7_000_000)]
     events += [event("cuLaunchKernelEx", cpu, 2_000_000), event("cudaMemcpyAsync", cpu, 1_000_000)]
     found = gpu.count(events)
+    longest = found.pop("longest")
     assert found == {"launches": 1, "copies": 1, "device_milliseconds": 4.0, "starting_milliseconds": 3.0}
+    assert [(row["name"], row["count"], row["milliseconds"]) for row in longest] == [
+        ("_project_kernel", 1, 3.0),
+        ("Memcpy HtoD", 1, 1.0),
+    ]
+
+
+def test_the_kernels_that_take_longest_are_told_by_name():
+    """The ten with the most time in all, of which the table shows three."""
+    cuda = torch.autograd.DeviceType.CUDA
+
+    def event(name, ns):
+        return SimpleNamespace(
+            name=lambda: name,
+            device_type=lambda: cuda,
+            duration_ns=lambda: ns,
+            is_user_annotation=lambda: False,
+        )
+
+    events = [event(f"kernel {i}", 1_000_000 * i) for i in range(1, 13)] + [event("kernel 1", 90_000_000)]
+    found = gpu.count(events)
+    assert len(found["longest"]) == 10
+    assert found["longest"][0] == {"name": "kernel 1", "count": 2, "milliseconds": 91.0}
+    lines = gpu.summary("step", {"x": {"status": "ok", "milliseconds": 1.0, "waits": 0.0, **found}})
+    assert lines[1:] == [
+        "    91.000 ms on the device: 2 x kernel 1",
+        "    12.000 ms on the device: 1 x kernel 12",
+        "    11.000 ms on the device: 1 x kernel 11",
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -204,8 +204,10 @@ def _launches(options: argparse.Namespace, name: str, **one: str) -> dict[str, A
 
 
 def count(events: Iterable[Any]) -> dict[str, Any]:
-    """Kernels and copies of a profile, milliseconds that they take, and that the host takes to start them."""
+    """Kernels and copies of a profile, milliseconds that they take, and that the host takes to start them; and of the
+    ten that take the device longest, the name, how many there are, and the milliseconds of all."""
     launches, copies, on_device, on_host = 0, 0, 0, 0
+    each: dict[str, list[int]] = {}
     for event in events:
         if event.is_user_annotation():  # torch's own, around the step: on the device, too
             continue
@@ -213,10 +215,13 @@ def count(events: Iterable[Any]) -> dict[str, Any]:
             is_copy = event.name().startswith(("Memcpy", "Memset"))
             launches, copies = launches + (not is_copy), copies + is_copy
             on_device += event.duration_ns()
+            each.setdefault(event.name(), []).append(event.duration_ns())
         elif event.name().startswith(("cudaLaunch", "cuLaunch", "cudaMemcpy", "cudaMemset")):
             on_host += event.duration_ns()
     milliseconds = {"device_milliseconds": on_device / 1e6, "starting_milliseconds": on_host / 1e6}
-    return {"launches": launches, "copies": copies, **milliseconds}
+    longest = sorted(each.items(), key=lambda item: -sum(item[1]))[:10]
+    rows = [{"name": name, "count": len(times), "milliseconds": sum(times) / 1e6} for name, times in longest]
+    return {"launches": launches, "copies": copies, **milliseconds, "longest": rows}
 
 
 def trainer_part(options: argparse.Namespace) -> dict[str, Cell]:

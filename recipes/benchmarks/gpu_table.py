@@ -40,6 +40,10 @@ def summary(part: str, cells: dict[str, dict[str, Any]]) -> list[str]:
                     f"{row['launches']} launches and {row['copies']} copies, the device waits {row['waits']:.0%} of it"
                 )
             lines.append(f"{title}: {row['milliseconds']:.2f} ms, {told}")
+            lines += [
+                f"    {one['milliseconds']:.3f} ms on the device: {one['count']} x {one['name'][:60]}"
+                for one in row.get("longest", [])[:3]
+            ]
         else:
             lines += [f"{title}, {row['layers']} layers, ms", *_step_lines(row["milliseconds"])]
     return lines
