@@ -26,11 +26,47 @@ def dot(a, b, acc, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def rounded(x, seed, offset, dtype: tl.constexpr, AT_RANDOM: tl.constexpr, INTERPRETED: tl.constexpr):
-    """x (fp32) in a dtype; a bf16 at random as one of its neighbours."""
+def pointer(cell, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address in a cell of a table. `ALIGNED`: it is a multiple of 16, which a compiler cannot know of what is
+    loaded; without, elements are read and written one by one."""
+    found = tl.load(cell).to(tl.pointer_type(dtype))
+    if ALIGNED:
+        found = tl.multiple_of(found, 16)
+    return found
+
+
+@triton.jit
+def _mixed(x):
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def draws(seed, i):
+    """32 random bits for each number i of an element.
+
+    A hash of seed and number (Wellons' lowbias32, with half of the seed between its two rounds), in a fifth of the
+    instructions of a cryptographic one: what rounding asks of its noise is that it is uniform, and unrelated between
+    elements, weights and steps. Nobody gains by guessing it.
+    """
+    low = _mixed((seed & 0xFFFFFFFF).to(tl.uint32))  # seeds are often neighbours
+    high = _mixed((seed >> 32).to(tl.uint32) ^ low)
+    x = i.to(tl.uint32) + low
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= (x >> 15) ^ high
+    x *= 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def rounded(x, seed, i, dtype: tl.constexpr, AT_RANDOM: tl.constexpr, INTERPRETED: tl.constexpr):
+    """x (fp32) in a dtype; a bf16 at random as one of its neighbours, by draws for the numbers i."""
     if AT_RANDOM:
-        noise = tl.randint(seed, offset).to(tl.uint32, bitcast=True) & 0xFFFF
-        return rounded_by(x, noise, dtype, True, INTERPRETED)
+        return rounded_by(x, draws(seed, i) >> 16, dtype, True, INTERPRETED)
     return rounded_by(x, 0, dtype, False, INTERPRETED)
 
 
@@ -53,15 +89,6 @@ def halves(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def draws(seed, first_row, first_column, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """32 random bits for each element of a tile: the generator makes four at once, which are neighbours in a row."""
-    i = (tl.arange(0, ROWS) + first_row).to(tl.int64)
-    quarter = tl.arange(0, COLUMNS // 4) + first_column // 4
-    a, b, c, d = tl.randint4x(seed, i[:, None] * tl.cdiv(columns, 4) + quarter[None, :])
-    return tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (ROWS, COLUMNS)).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
 def looked_ahead(m, g, beta, ahead, G_DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """X of `whole`; `ahead` is 1 - beta^2. Beside half-precision gradients it is a bf16, since the first pass takes
     its product with a basis. Both passes must mean the same X: a compiler is not left to choose what it fuses."""
@@ -72,8 +99,23 @@ def looked_ahead(m, g, beta, ahead, G_DTYPE: tl.constexpr, INTERPRETED: tl.const
 
 
 @triton.jit
+def _read_scales(
+    scales, first_row, first_column, rows, columns, s_row,
+    MOMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    if MOMENT == "float":
+        scale = 0.0
+    else:
+        i = (tl.arange(0, ROWS) + first_row).to(tl.int64)
+        group = (tl.arange(0, COLUMNS // GROUP) + first_column // GROUP).to(tl.int64)
+        is_group = (i[:, None] < rows) & (group[None, :] * GROUP < columns)
+        scale = tl.load(scales + i[:, None] * s_row + group[None, :], mask=is_group, other=0.0)
+    return scale
+
+
+@triton.jit
 def _read_stored(
-    values, scales, first_row, first_column, rows, columns, m_row, s_row,
+    values, scale, first_row, first_column, rows, columns, m_row,
     MOMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     i = (tl.arange(0, ROWS) + first_row).to(tl.int64)
@@ -85,7 +127,6 @@ def _read_stored(
         GROUPS: tl.constexpr = COLUMNS // GROUP
         group = (tl.arange(0, GROUPS) + first_column // GROUP).to(tl.int64)
         is_group = (i[:, None] < rows) & (group[None, :] * GROUP < columns)
-        scale = tl.load(scales + i[:, None] * s_row + group[None, :], mask=is_group, other=0.0).to(tl.float32)
         if MOMENT == "int4":
             place = (i[:, None] * m_row + group[None, :] * BYTES)[:, :, None] + tl.arange(0, BYTES)[None, None, :]
             byte = tl.load(values + place, mask=is_group[:, :, None], other=0).to(tl.int32)
@@ -94,7 +135,7 @@ def _read_stored(
         else:
             place = (i[:, None] * m_row + group[None, :] * GROUP)[:, :, None] + tl.arange(0, GROUP)[None, None, :]
             codes = tl.load(values + place, mask=is_group[:, :, None], other=0)
-        m = tl.reshape(codes.to(tl.float32) * scale[:, :, None], (ROWS, COLUMNS))
+        m = tl.reshape(codes.to(tl.float32) * scale.to(tl.float32)[:, :, None], (ROWS, COLUMNS))
         m = tl.where(inside, m, 0.0)
     return m
 
@@ -138,17 +179,31 @@ def _write_stored(
 
 
 @triton.jit
+def read_scales(
+    scales, first_row, first_column, long, short, s_row,
+    MOMENT: tl.constexpr, IS_TURNED: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Of the groups in such a tile, as `read_moment` takes them. They are too small to be copied into shared memory
+    ahead of their use, so that a loop asks for those of its next turn."""
+    if IS_TURNED:
+        scale = _read_scales(scales, first_column, first_row, short, long, s_row, MOMENT, BLOCK_S, BLOCK_L)
+    else:
+        scale = _read_scales(scales, first_row, first_column, long, short, s_row, MOMENT, BLOCK_L, BLOCK_S)
+    return scale
+
+
+@triton.jit
 def read_moment(
-    values, scales, first_row, first_column, long, short, m_row, s_row,
+    values, scale, first_row, first_column, long, short, m_row,
     MOMENT: tl.constexpr, IS_TURNED: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """The tile (BLOCK_L, BLOCK_S) of the matrix with its long side first, fp32."""
     if IS_TURNED:
         m = tl.trans(
-            _read_stored(values, scales, first_column, first_row, short, long, m_row, s_row, MOMENT, BLOCK_S, BLOCK_L)
+            _read_stored(values, scale, first_column, first_row, short, long, m_row, MOMENT, BLOCK_S, BLOCK_L)
         )
     else:
-        m = _read_stored(values, scales, first_row, first_column, long, short, m_row, s_row, MOMENT, BLOCK_L, BLOCK_S)
+        m = _read_stored(values, scale, first_row, first_column, long, short, m_row, MOMENT, BLOCK_L, BLOCK_S)
     return m
 
 

@@ -36,17 +36,17 @@ KERNELS = (
     Tuned(
         "project",
         "_project_kernel",
-        (("long", "BLOCK_L"), ("rank", "BLOCK_R")),
-        {"BLOCK_L": (32, 64, 128), "BLOCK_S": (32, 64, 128), "num_warps": WARPS, "num_stages": STAGES},
+        (("rank", "BLOCK_R"), ("long", "BLOCK_L")),
+        {"BLOCK_L": (64, 128), "BLOCK_S": (32, 64, 128), "num_warps": WARPS, "num_stages": STAGES},
     ),
     Tuned(
         "apply_updates",
         "_update_kernel",
         (("short", "BLOCK_S"), ("long", "BLOCK_L")),
         {
-            "BLOCK_L": (32, 64, 128),
+            "BLOCK_L": (64, 128),
             "BLOCK_S": (64, 128, 32),
-            "BLOCK_R": (32, 64, 16),
+            "BLOCK_R": (32, 64, 128),
             "num_warps": WARPS,
             "num_stages": STAGES,
         },
