@@ -256,7 +256,8 @@ class Kernels:
     of the right shapes. Needs no Triton.
 
     Products of half-precision matrices with fp32 ones are of as many terms as the kernels take; of fp32 ones, three
-    in TF32.
+    in TF32. A factor is made ready in a launch of its own, which reads the low-rank tensors and writes it, and the
+    kernel reads that.
     """
 
     def __init__(self, counter: Counter) -> None:
@@ -270,13 +271,28 @@ class Kernels:
         moved = size_of(given) + size_of(changed) + size_of(made)
         self.counter.cost += Cost(2, moved, **{unit: terms * products})
 
+    def _factor(self, given: Any, rows: int, columns: int, count: int, dtype: torch.dtype, parts: int) -> Tensor:
+        """What `factors` makes of a basis (its rows are the columns) or of an update, without a table of its own."""
+        factor = torch.empty(count, parts, rows, -(-columns // 16) * 16, dtype=dtype)
+        self.counter.cost += Cost(1, size_of(given) + size_of(factor))
+        return factor
+
+    def _basis(self, bases: Any, dtype: torch.dtype, parts: int) -> Any:
+        """The factor of bases, or nothing of ranges of columns."""
+        if isinstance(bases[0], range):
+            return []
+        short, rank = bases[0].shape
+        sides = (rank, short) if bases[0].stride(0) == 1 or rank == 1 else (short, rank)
+        return self._factor(bases, *sides, len(bases), dtype, parts)
+
     def project(self, grads: Sequence[Tensor], bases: Sequence[functional.Basis]) -> tuple[Tensor, Tensor]:
         (long, short), rank = grads[0].shape, functional.rank_of(bases[0])
         R = torch.empty(len(grads), long, rank)
         norms = torch.empty(len(grads), long, 1)
         half = 0 if grads[0].dtype == torch.float32 else 2
         rank = 0 if isinstance(bases[0], range) else rank
-        self._launch([grads, bases], [], [R, norms], 2 * len(grads) * long * short * rank, half)
+        Q = self._basis(bases, grads[0].dtype, half or 1)
+        self._launch([grads, Q], [], [R, norms], 2 * len(grads) * long * short * rank, half)
         return R, norms
 
     def transposed_products(self, grads: Sequence[Tensor], P: Tensor) -> Tensor:
@@ -312,13 +328,20 @@ class Kernels:
             grads, R = [], None
             if decay == 1 and isinstance(bases[0], range):
                 weights = [W[:, Q.start : Q.stop] for W, Q in zip(weights, bases, strict=True)]
-        self._launch([weights, grads, N, R, a, B, bases, more], weights, [], product, half)
+        low_rank = [N, R, a] if isinstance(bases[0], range) else self._factors(weights[0].dtype, N, R, a, B, bases)
+        self._launch([weights, grads, B, low_rank, more], weights, [], product, half)
+
+    def _factors(self, dtype: torch.dtype, N: Tensor, R: Any, a: Any, B: Any, bases: Any) -> list[Tensor]:
+        kept, parts = torch.float32 if dtype == torch.float32 else torch.bfloat16, 2 if dtype == torch.float16 else 1
+        A = self._factor([N, R, a, B if R is not None else None], *N.shape[1:], len(N), kept, parts)
+        return [A, self._basis(bases, kept, parts)]
 
     def project_moments(self, grads: Any, moments: Any, bases: Any, beta: float) -> tuple[Tensor, Tensor]:
         (long, short), rank = grads[0].shape, bases[0].shape[1]
         Z, norms = torch.empty(len(grads), long, rank), torch.empty(len(grads), long, 2)
         half = 0 if grads[0].dtype == torch.float32 else 2
-        self._launch([grads, _stored(moments), bases], [], [Z, norms], 2 * len(grads) * long * short * rank, half)
+        Q = self._basis(bases, torch.bfloat16 if half else torch.float32, half or 1)
+        self._launch([grads, _stored(moments), Q], [], [Z, norms], 2 * len(grads) * long * short * rank, half)
         return Z, norms
 
     def apply_moment_updates(
@@ -326,7 +349,8 @@ class Kernels:
     ) -> None:
         half = {torch.bfloat16: 1, torch.float16: 3}.get(weights[0].dtype, 0)
         changed = [weights, _stored(moments)]
-        self._launch([grads, A, B, bases, more, changed], changed, [], 2 * A.numel() * weights[0].shape[1], half)
+        low_rank = self._factors(weights[0].dtype, A, None, None, B, bases)
+        self._launch([grads, low_rank, B, more, changed], changed, [], 2 * A.numel() * weights[0].shape[1], half)
 
 
 def _stored(moments: Sequence[Whole]) -> list[Tensor]:
