@@ -70,6 +70,7 @@ NUMBERS = ("b1", "b2", "c1", "c2", "eps", "k", "decay", "lr", "beta", "ahead", "
 
 def compiled(kernel, capability, warps, stages, **constants):
     constants |= {"INTERPRETED": False}
+    constants |= dict.fromkeys({"w_col", "g_col", "q_row"} & set(kernel.arg_names), 1)
     def kind(name):
         if name in constants:
             return "constexpr"
@@ -80,7 +81,12 @@ def compiled(kernel, capability, warps, stages, **constants):
             return "*fp32" if of[0] == tl.float32 else "*bf16"
         return POINTERS.get(name, "fp32" if name in NUMBERS else "*fp32")
     names = kernel.arg_names
-    source = ASTSource(kernel, {n: kind(n) for n in names}, {(names.index(n),): c for n, c in constants.items()})
+    kinds = {n: kind(n) for n in names}
+    # As in a launch on weights with sides that are multiples of 16.
+    divisible = [["tt.divisibility", 16]]
+    attributes = {(names.index(n),): divisible for n, of in kinds.items() if of == "i32" or of[0] == "*"}
+    fixed = {(names.index(n),): c for n, c in constants.items()}
+    source = ASTSource(kernel, kinds, fixed, attributes)
     options = {"num_warps": warps, "num_stages": stages}
     found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert found.metadata.shared <= 99 * 1024, (kernel, constants, found.metadata)
@@ -101,8 +107,13 @@ for capability, dtype in itertools.product((80, 90), (tl.bfloat16, tl.float32)):
     dense |= {"ALIGNED": True, "G_DTYPE": tl.bfloat16}
     tile = {"DTYPE": dtype, "X_DTYPE": tl.float32, "BLOCK_O": 8, "BLOCK_I": 256}
     no_sum, stages = {"HAS_SCALE": False, "HAS_R": False}, 4 if half else 2
-    compiled(kernels._project_kernel, capability, 8, stages, **both, **of_project)
-    compiled(kernels._update_kernel, capability, 8, 2, **both, **of_update)
+    code = compiled(kernels._project_kernel, capability, 8, stages, **both, **of_project).asm["ptx"]
+    # Tiles come by copies of 16 bytes (.cg takes no others), with two barriers in a loop.
+    assert "cp.async.cg" in code and "cp.async.ca" not in code, (capability, dtype)
+    assert not half or code.count("bar.sync") <= 16, (capability, code.count("bar.sync"))
+    code = compiled(kernels._update_kernel, capability, 8, 2, **both, **of_update).asm["ptx"]
+    assert "cp.async.cg" in code and "cp.async.ca" not in code, (capability, dtype)
+    assert "ld.global.v4.b32" in code and "ld.global.b16" not in code, (capability, dtype)
     compiled(kernels._project_kernel, capability, 4, stages, **ranges, **of_project | of_ranges)
     compiled(kernels._update_kernel, capability, 8, 2, **ranges, **of_update)
     compiled(kernels._direction_kernel, capability, 4, 3, DTYPE=dtype, **state)
