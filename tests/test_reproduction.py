@@ -137,7 +137,7 @@ def test_missing_results_are_named(tmp_path, capsys):
 
 def test_compare_takes_the_size_of_an_ablation(words, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr("recipes.runner._execute", lambda run: started.append(run) or False)
+    monkeypatch.setattr("recipes.runner._execute", lambda run, log: started.append(run) or False)
     monkeypatch.setattr("recipes.runner.files.read_json", lambda path: {"error": "not run"})
     monkeypatch.setattr("recipes.pretraining.report.write_report", lambda folder: None)
     compare.main(["ablation", "--output_dir", str(tmp_path), "--methods", "fira-matrix", *words])
