@@ -53,7 +53,9 @@ def _project_kernel(
     place = matrix * long + first_row + rows
     G = pointer(table + WIDTH * matrix, G_DTYPE, ALIGNED) + first_row.to(tl.int64) * g_row
     of_g = rows[:, None] * g_row + inner[None, :] * g_col
-    if not IS_RANGE:
+    if IS_RANGE:
+        first = tl.load(table + WIDTH * matrix + 1)
+    else:
         Q += matrix * PARTS * q_part
         of_q = inner[:, None] * q_row + columns[None, :] * q_col
     product = tl.zeros((BLOCK_L, BLOCK_R), tl.float32)
@@ -78,7 +80,7 @@ def _project_kernel(
             wide = looked_ahead(m, wide, beta, ahead, G_DTYPE, INTERPRETED)
         squares += wide * wide
         if IS_RANGE:
-            within = start + inner - tl.load(table + WIDTH * matrix + 1)
+            within = start + inner - first
             chosen = is_g & (within[None, :] >= 0) & (within[None, :] < rank)
             tl.store(R + place[:, None] * rank + within[None, :], wide, mask=chosen)
         else:

@@ -36,10 +36,10 @@ def pointer(cell, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _mixed(x):
+def _mixed(x, between):
     x ^= x >> 16
     x *= 0x7FEB352D
-    x ^= x >> 15
+    x ^= (x >> 15) ^ between
     x *= 0x846CA68B
     return x ^ (x >> 16)
 
@@ -52,14 +52,9 @@ def draws(seed, i):
     instructions of a cryptographic one: what rounding asks of its noise is that it is uniform, and unrelated between
     elements, weights and steps. Nobody gains by guessing it.
     """
-    low = _mixed((seed & 0xFFFFFFFF).to(tl.uint32))  # seeds are often neighbours
-    high = _mixed((seed >> 32).to(tl.uint32) ^ low)
-    x = i.to(tl.uint32) + low
-    x ^= x >> 16
-    x *= 0x7FEB352D
-    x ^= (x >> 15) ^ high
-    x *= 0x846CA68B
-    return x ^ (x >> 16)
+    low = _mixed((seed & 0xFFFFFFFF).to(tl.uint32), 0)  # seeds are often neighbours
+    high = _mixed((seed >> 32).to(tl.uint32) ^ low, 0)
+    return _mixed(i.to(tl.uint32) + low, high)
 
 
 @triton.jit
