@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import yaml
 
 CONFIG = {
@@ -71,3 +74,17 @@ def write_preset(folder: Path) -> Path:
     for method, own in METHODS.items():
         (folder / f"{method}.yaml").write_text(yaml.safe_dump({"defaults": "base.yaml", "method": method} | own))
     return folder
+
+
+@contextmanager
+def stopped_after_8_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A run in this process that a user interrupts before its ninth step."""
+
+    def stop(self, args, state, control, **_):
+        if state.global_step == 8:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.measure.StepTime.on_step_begin", stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield

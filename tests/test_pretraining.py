@@ -16,7 +16,7 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from conftest import kill_recipe, run_recipe
-from pretraining_tiny import BATCH, CONFIG, LENGTH, METHODS, STEPS, write_preset
+from pretraining_tiny import BATCH, CONFIG, LENGTH, METHODS, STEPS, stopped_after_8_steps, write_preset
 from recipes.pretraining import compare, report, search, train
 from recipes.pretraining.settings import ADAMW, RECIPE
 from recipes.relora import Restarts, add_lora, restart
@@ -159,14 +159,8 @@ def test_lora_leaves_the_embeddings_of_a_pretrained_model(preset, pretrained, me
 def test_a_run_that_is_resumed_still_knows_the_losses_before(preset, pretrained, tmp_path, monkeypatch):
     whole = run(preset, "fira", tmp_path / "whole", *pretrained)
 
-    def stop_at_eight(self, args, state, control, **_):
-        if state.global_step == 8:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("recipes.measure.StepTime.on_step_begin", stop_at_eight)
-        with pytest.raises(KeyboardInterrupt):
-            run(preset, "fira", tmp_path / "stopped", *pretrained)
+    with stopped_after_8_steps(monkeypatch):
+        run(preset, "fira", tmp_path / "stopped", *pretrained)
     resumed = run(preset, "fira", tmp_path / "stopped", *pretrained)
     assert curve(resumed) == curve(whole)
     for loss in ("eval_loss_before", "eval_loss", "other_loss_before", "other_loss"):

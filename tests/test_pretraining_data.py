@@ -14,7 +14,7 @@ from fira_hf import FiraConfig
 from fira_hf.memory import build_on_meta
 from fira_hf.targets import find_targets
 from fira_hf.trainer import parse_optim_args
-from pretraining_tiny import sentences, write_config, write_preset, write_text
+from pretraining_tiny import sentences, stopped_after_8_steps, write_config, write_preset, write_text
 from recipes import files
 from recipes.pretraining import data, train
 from recipes.pretraining.model import build, load_config
@@ -124,14 +124,8 @@ def test_a_run_on_a_stream_counts_tokens_without_padding_and_resumes_where_it_wa
     seen = [len(row["input_ids"]) for _, row in zip(range(12 * 4), train_data, strict=False)]
     assert whole["training_tokens"] == sum(seen) < 12 * 4 * 20
 
-    def stop_at_eight(self, args, state, control, **_):
-        if state.global_step == 8:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("recipes.measure.StepTime.on_step_begin", stop_at_eight)
-        with pytest.raises(KeyboardInterrupt):
-            run("stopped")
+    with stopped_after_8_steps(monkeypatch):
+        run("stopped")
     resumed = run("stopped")
     for key in ("training_tokens", "train_loss", "eval_loss"):
         assert resumed[key] == whole[key]
