@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -82,44 +84,70 @@ def state_dtype_of(state_dtype: str) -> torch.dtype:
     return dtype
 
 
-def whole_moment(shape: Iterable[int], state_dtype: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """The tensors of a moment of this shape -> their shapes and dtypes."""
-    if state_dtype not in PACKED:
-        return {"exp_avg": (tuple(shape), state_dtype_of(state_dtype))}
-    codes, scales = whole.packed_shapes(tuple(shape), whole.BITS[state_dtype])
-    kind = torch.int8 if state_dtype == "int8" else torch.uint8
-    return {"exp_avg": (codes, kind), "exp_avg_scale": (scales, torch.bfloat16)}
+@dataclass(frozen=True)
+class Kept:
+    """A tensor in the state of a projected weight.
+
+    along: what it is split with where processes share a matrix: "weight", as large as it is; "long", rows of the long
+    side, one by one; "", nothing, so that all have it. (Of a stack each process has what belongs to its matrices.)
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    along: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+# What the state of a projected weight depends on, beside its shape.
+OF_SHAPES = ("rank", "split", "transposed", "base_optimizer", "projection", "residual", "state_dtype")
+
+
+def kept_tensors(shape: Iterable[int], group: Mapping[str, Any]) -> dict[str, Kept]:
+    """The tensors in the state of a projected weight of this shape, by name; `group` has all of `OF_SHAPES`."""
+    return _kept_tensors(tuple(shape), *(group[name] for name in OF_SHAPES))
+
+
+@functools.cache
+def _kept_tensors(shape: tuple[int, ...], *of_group: Any) -> dict[str, Kept]:
+    group = dict(zip(OF_SHAPES, of_group, strict=True))
+    rank, split, transposed = (group[name] for name in ("rank", "split", "transposed"))
+    weight = torch.empty(shape, device="meta")
+    stack, (long, short) = F.stacked(weight, split), F.long_and_short(weight, split, transposed)
+    r, dtype, kept = min(rank, short), state_dtype_of(group["state_dtype"]), {}
+    if is_whole(group) and group["state_dtype"] in PACKED:
+        codes, scales = whole.packed_shapes(shape, whole.BITS[group["state_dtype"]])
+        kept["exp_avg"] = Kept(codes, torch.int8 if group["state_dtype"] == "int8" else torch.uint8, "weight")
+        kept["exp_avg_scale"] = Kept(scales, torch.bfloat16, "weight")
+    elif is_whole(group):
+        kept["exp_avg"] = Kept(shape, dtype, "weight")
+    for name, (rows, columns) in low_rank_moments(group).items():
+        kept[name] = Kept((*stack, long if rows else 1, r if columns else 1), dtype, "long" if rows else "")
+    if group["projection"] != "columns":
+        kept["basis"] = Kept((*stack, short, r), dtype)
+    return {**kept, "step": Kept(stack, torch.float32), "residual_norm": Kept(stack, torch.float32)}
 
 
 def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> State:
     """The state of a projected parameter, with no basis yet; `first` is its entry in `first_states`."""
-    split, transposed = group["split"], group["transposed"]
-    stack, shards = F.stacked(p, split), shards_of(p, split, transposed)
-    long, short = F.long_and_short(p, split, transposed)
-    r, device, dtype = min(group["rank"], short), local(p.data).device, state_dtype_of(group["state_dtype"])
-    rows = shards.own(long) if shards else slice(0, long)
-    own = (len(own_of_stack(p)) * split,) if p.ndim == 3 else stack
-
-    def like_p(part: Tensor) -> Tensor:
-        # A stack is sharded matrix by matrix; of a matrix that is sharded only the moments are.
-        return sharded_like(p, part, (*stack, *part.shape[1:])) if p.ndim == 3 else part
-
+    shards, device = shards_of(p, group["split"], group["transposed"]), local(p.data).device
+    of_part = kept_tensors(local(p.data).shape, group)
     state = State(first)
-    state.refresh_in = [None] * stack[0] if stack else None
-    if is_whole(group):
-        own_shapes = whole_moment(local(p.data).shape, group["state_dtype"])
-        for name, (shape, kind) in whole_moment(p.shape, group["state_dtype"]).items():
-            # Codes of zero are those of any scale: it is zero.
-            part = torch.zeros(own_shapes[name][0], dtype=kind, device=device)
-            state[name] = sharded_like(p, part, shape)
-    for name, (has_rows, has_columns) in low_rank_moments(group).items():
-        columns = r if has_columns else 1
-        part = torch.zeros(*own, rows.stop - rows.start if has_rows else 1, columns, dtype=dtype, device=device)
-        state[name] = sharded_like(p, part, (*stack, long, columns)) if has_rows else like_p(part)
-    if group["projection"] != "columns":
-        state["basis"] = like_p(torch.zeros(*own, r, short, dtype=dtype, device=device).mT)
-    state["step"] = like_p(torch.zeros(own, device=device))
-    state["residual_norm"] = like_p(torch.full(own, torch.inf, device=device))
+    for name, kept in kept_tensors(p.shape, group).items():
+        shape = kept.shape
+        if p.ndim == 3 or kept.along == "weight":
+            shape = of_part[name].shape
+        elif kept.along == "long" and shards:
+            rows = shards.own(shape[0])
+            shape = (rows.stop - rows.start, *shape[1:])
+        # Codes of zero are those of any scale: it is zero.
+        part = torch.full(shape, torch.inf if name == "residual_norm" else 0, dtype=kept.dtype, device=device)
+        part = F.column_major(part) if name == "basis" else part
+        state[name] = sharded_like(p, part, kept.shape) if p.ndim == 3 or kept.along else part
+        if name == "step" and kept.shape:
+            state.refresh_in = [None] * kept.shape[0]
     return state
 
 
@@ -145,27 +173,6 @@ def _refresh_in(p: Tensor, saved: dict[str, Any]) -> Any:
     split = len(step) // len(p) if p.ndim == 3 else len(step)
     own = own_of_stack(p) if p.ndim == 3 else range(1)
     return [None] * (own.start * split) + begun + [None] * (len(step) - own.stop * split)
-
-
-OF_SHAPES = ("rank", "split", "transposed", "base_optimizer", "projection", "residual", "state_dtype")
-
-
-@functools.cache
-def _shapes(shape: torch.Size, *of_group: Any) -> dict[str, tuple[int, ...]]:
-    """The tensors in the state of a weight of this shape -> their shapes; its group's `OF_SHAPES`, or nothing."""
-    if not of_group:
-        return {**dict.fromkeys(F.MOMENTS["adamw"], tuple(shape)), "step": ()}
-    group = dict(zip(OF_SHAPES, of_group, strict=True))
-    rank, split, transposed = (group[name] for name in ("rank", "split", "transposed"))
-    weight = torch.empty(shape, device="meta")
-    stack, (long, short) = F.stacked(weight, split), F.long_and_short(weight, split, transposed)
-    r = min(rank, short)
-    low_rank = low_rank_moments(group).items()
-    moments = {k: (*stack, long if rows else 1, r if cols else 1) for k, (rows, cols) in low_rank}
-    if is_whole(group):
-        moments = {k: of for k, (of, _) in whole_moment(shape, group["state_dtype"]).items()}
-    basis = {"basis": (*stack, short, r)} if group["projection"] != "columns" else {}
-    return {**moments, **basis, "residual_norm": stack, "step": stack}
 
 
 def misfit(p: Any) -> str | None:
@@ -199,9 +206,9 @@ def state_misfit(p: Any, state: Mapping[str, Any], group: Mapping[str, Any], els
             )
         if not isinstance(state.get("phase", 0), int):
             return "has an optimizer state as earlier versions saved it (phase is a list)"
-        shapes = _shapes(p.shape, *(group[name] for name in OF_SHAPES))
+        shapes = {name: kept.shape for name, kept in kept_tensors(p.shape, group).items()}
     else:
-        shapes = _shapes(p.shape)
+        shapes = {**dict.fromkeys(F.MOMENTS["adamw"], tuple(p.shape)), "step": ()}
     device = local(p.data).device
     for name, shape in shapes.items():
         value = state.get(name)

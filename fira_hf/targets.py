@@ -25,7 +25,7 @@ from torch import nn
 from .config import ALL_LINEAR, FiraConfig
 from .functional import long_and_short, stacked
 from .layers import Layer, weights
-from .state import low_rank_moments, state_dtype_of, whole_moment
+from .state import kept_tensors, state_dtype_of
 
 FP32 = 4  # bytes
 
@@ -59,18 +59,10 @@ class Target:
 
     @property
     def state_bytes(self) -> int:
-        """For each matrix basis (but for "columns") and moments, and the fp32 scalars `step` and `residual_norm`."""
-        (long, short), config = self._long_and_short, self.config
-        group = vars(config)
-        moments = sum(
-            (long if rows else 1) * (self.rank if cols else 1) for rows, cols in low_rank_moments(group).values()
-        )
-        basis = 0 if config.projection == "columns" else short * self.rank
-        low_rank = self.matrices * (state_dtype_of(config.state_dtype).itemsize * (basis + moments) + 2 * FP32)
-        if config.residual != "moment":
-            return low_rank
-        kept = whole_moment(self.parameter.shape, config.state_dtype).values()
-        return low_rank + sum(math.prod(shape) * dtype.itemsize for shape, dtype in kept)
+        """Of the tensors in its state; basis, moments and the fp32 scalars of each matrix."""
+        of_weight = {"rank": self.rank, "split": self.split, "transposed": self.transposed}
+        kept = kept_tensors(self.parameter.shape, {**vars(self.config), **of_weight})
+        return sum(tensor.nbytes for tensor in kept.values())
 
 
 @dataclass(eq=False)
