@@ -30,7 +30,12 @@ PUBLISHED: dict[str, Any] = {
 }
 # Muon's update where it matters, and of the rest its size by rows, from a moment in 4 bits.
 SUBSPACE_MUON: dict[str, Any] = {"base_optimizer": "muon", "residual": "moment", "state_dtype": "int4"}
-PRESETS = {"published": PUBLISHED, "subspace-muon": SUBSPACE_MUON}
+FULL_RANK = 2**30  # of every matrix: it is cut at the short side
+PRESETS = {
+    "published": PUBLISHED,
+    "subspace-muon": SUBSPACE_MUON,
+    "muon-4bit": {**SUBSPACE_MUON, "rank": FULL_RANK},
+}
 
 # What torch.compile, FSDP1 and activation checkpointing put into names, and what DDP and PEFT put before them.
 WRAPPERS = re.compile(r"(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
@@ -285,7 +290,8 @@ class FiraConfig:
             "paper": as in the paper, W -= eta alpha (N Q^T + phi (G - R Q^T)), the same at alpha = 1; "none":
             W -= eta alpha N Q^T, which is GaLore, or with projection="random" Flora. "moment", with
             base_optimizer="muon": the first moment is kept whole, in `state_dtype`; N is made of its part in the
-            subspace, and what is left of it is applied with the norms of its rows made equal (see `fira_hf.whole`).
+            subspace, and what is left of it is applied beside it, the rows of both brought to one norm (see
+            `fira_hf.whole`). A rank of the short side is Muon with equal rows, and keeps no basis.
         limiter: what becomes of the residual's norm, gamma = g. "growth": at most g times that of the step before;
             "shrink": g times its own plus 1 - g times that of the step before; "scale": g times its own.
         adjust_lr: what the learning rate of projected weights is multiplied by, apart from weight decay.

@@ -428,6 +428,8 @@ def _apply_updates(
     addresses = () if moments is None else (*addresses_of(moments), moment_seeds or none)
     table, parts = table_of(weights, grads, bases, seeds or none, *addresses), 2 if dtype == torch.float16 else 1
     low_rank = [N, N, 0, 0, 0, 0]
+    if is_range and a is None:
+        a = N.new_ones(count)
     if not is_range:
         kept = torch.float32 if dtype == torch.float32 else torch.bfloat16
         A, Q = factors.of_update(N, R, a, B, k, kept, parts), factors.of_bases(bases, table, 2, kept, parts)

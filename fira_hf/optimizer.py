@@ -284,8 +284,8 @@ class FiraAdamW(torch.optim.Optimizer):
         G_norms = norms[..., :1]
         if wholes:
             R = R if active is None else torch.where(mask, R, 0.0)
-            N = F.orthogonalized(R, add)
-            R_norms, N_norms = F.row_norms(R), F.row_norms(N)
+            N, N_norms = whole.equal_rows(F.orthogonalized(R, add), long)
+            R_norms = F.row_norms(R)
         else:
             moments = [[matrix[name] for matrix in matrices] for name in F.MOMENTS[base]]
             seeds = None

@@ -16,6 +16,7 @@ from .state import (
     OF_REFRESH,
     Matrix,
     batches,
+    has_basis,
     is_whole,
     low_rank_moments,
     operations,
@@ -40,14 +41,14 @@ def refresh(
     reads the device to decompose.)
     `first_states`: of the parameters that have none. `process_group`: replicas that share the work.
     """
-    if group["projection"] == "columns":
-        # A choice of columns needs no gradient: on every device the next one's turn comes by calls.
-        for matrix in (m for m in matrices if m.begun and m.is_due_by_calls(group)):
-            if group["moments"] == "rotated" and group["rank"] < min(matrix.shape):
-                matrix.forget(group)  # the old columns have no part in the new ones
-        for matrix in _due([matrix for matrix in matrices if not matrix.begun], group, first_states):
-            matrix.begin(None, group)
-        return
+    without = [matrix for matrix in matrices if not has_basis(group, min(matrix.shape))]
+    # A choice of columns needs no gradient: on every device the next one's turn comes by calls.
+    for matrix in (m for m in without if m.begun and m.is_due_by_calls(group)):
+        if group["moments"] == "rotated" and group["rank"] < min(matrix.shape):
+            matrix.forget(group)  # the old columns have no part in the new ones
+    for matrix in _due([matrix for matrix in without if not matrix.begun], group, first_states):
+        matrix.begin(None, group)
+    matrices = [matrix for matrix in matrices if has_basis(group, min(matrix.shape))]
     if matrices and matrices[0].parameter.device.type != "cpu" and group["projection"] != "svd":
         _refine([m for m in matrices if m.begun and m.is_due_by_calls(group)], group, process_group)
         matrices = [matrix for matrix in matrices if not matrix.begun]

@@ -73,6 +73,11 @@ def is_whole(group: Mapping[str, Any]) -> bool:
     return bool(group["residual"] == "moment")
 
 
+def has_basis(group: Mapping[str, Any], short: int) -> bool:
+    """Whether a matrix of this short side needs one. Columns are their own, and so is the whole space of a moment."""
+    return bool(group["projection"] != "columns" and not (is_whole(group) and group["rank"] >= short))
+
+
 def low_rank_moments(group: Mapping[str, Any]) -> dict[str, tuple[bool, bool]]:
     """What there is of `functional.MOMENTS` in the state of a projected weight."""
     return {} if is_whole(group) else F.MOMENTS[group["base_optimizer"]]
@@ -125,7 +130,7 @@ def _kept_tensors(shape: tuple[int, ...], *of_group: Any) -> dict[str, Kept]:
         kept["exp_avg"] = Kept(shape, dtype, "weight")
     for name, (rows, columns) in low_rank_moments(group).items():
         kept[name] = Kept((*stack, long if rows else 1, r if columns else 1), dtype, "long" if rows else "")
-    if group["projection"] != "columns":
+    if has_basis(group, short):
         kept["basis"] = Kept((*stack, short, r), dtype)
     return {**kept, "step": Kept(stack, torch.float32), "residual_norm": Kept(stack, torch.float32)}
 
@@ -295,10 +300,10 @@ class Matrix:
 
     def basis(self, group: dict[str, Any]) -> F.Basis:
         """The basis (short, r), or the columns of the short side that are the subspace now."""
-        if group["projection"] != "columns":
+        short = min(self.shape)
+        if has_basis(group, short):
             Q: Tensor = self["basis"]
             return Q
-        short = min(self.shape)
         rank = min(group["rank"], short)
         changes = 1 + (self.state["calls"] - self.phase(group)) // group["update_proj_gap"]
         order = _order(-(-short // rank), seed_of(self.state, self.place))
@@ -311,7 +316,7 @@ class Matrix:
         return self.refresh_in is not None
 
     def begin(self, Q: Tensor | None, group: dict[str, Any]) -> None:
-        """Takes the first basis (short, r); None where the subspace is a choice of columns."""
+        """Takes the first basis (short, r); None where the matrix needs none."""
         if "residual_norm" not in self.state:
             new = create_state(self.parameter, group, self.state)
             self.state.update(new)

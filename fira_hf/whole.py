@@ -9,6 +9,9 @@ of X, each row brought to the norm that it would have if the rest's singular val
 
     W <- (1 - lr wd) (W - eta [(N - phi Z) Q^T + phi X]),    phi_i = sqrt((short - r) / long) / ||X_i - Z_i Q^T||
 
+The rows of N are brought to one norm as well, sqrt(r / long); NorMuon (arXiv 2510.05491) does so by a running mean. At
+full rank nothing is left of X, and there is no basis: Z is X itself.
+
 The first pass, `project`, reads gradient and moment and writes neither; the second, `apply_updates`, reads both again
 and writes weight and moment. X exists block by block.
 
@@ -150,6 +153,13 @@ def row_scale(X_norms: Tensor, Z_norms: Tensor, long: int, short: int, rank: int
     left = (X_norms.square() - Z_norms.square()).clamp_(min=0).sqrt_()
     phi = math.sqrt((short - rank) / long) / left.maximum(F.NEGLIGIBLE * X_norms).clamp_(min=F.TINY)
     return phi, phi * left
+
+
+def equal_rows(N: Tensor, long: int) -> tuple[Tensor, Tensor]:
+    """N, (B, rows, r), with each row's norm sqrt(r / long), and the norms; zeros stay."""
+    norms, each = F.row_norms(N), math.sqrt(N.shape[2] / long)
+    scale = each / norms.clamp(min=F.TINY)
+    return N * scale, norms * scale
 
 
 def apply_updates(

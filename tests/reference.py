@@ -79,6 +79,7 @@ def fira_step(
         N = moments["exp_avg"] / (moments["exp_avg_sq"].sqrt() + eps)
 
     if M is not None:
+        N = N / N.norm(dim=1, keepdim=True).clamp(min=1e-30) * math.sqrt(Q.shape[1] / len(G))
         left = (G - R @ Q.T).norm(dim=1, keepdim=True)
         phi = math.sqrt((Q.shape[0] - Q.shape[1]) / len(G)) / left.clamp(min=1e-30)
     elif scaling == "column":

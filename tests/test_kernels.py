@@ -127,6 +127,9 @@ for capability, dtype in itertools.product((80, 90), (tl.bfloat16, tl.float32)):
         of_one = one | of_update | {"HAS_R": False, "M_AT_RANDOM": half or kind != "float", "BLOCK_L": 64}
         compiled(kernels._update_kernel, capability, 4, 2, **of_one)
         compiled(kernels._project_kernel, capability, 8, 3 if half else 2, **one | of_project)
+        if half and kind == "int4" and not is_turned:  # at full rank
+            compiled(kernels._update_kernel, capability, 4, 2, **of_one | {"IS_RANGE": True})
+            compiled(kernels._project_kernel, capability, 4, 3, **one | of_project | of_ranges | {"IS_RANGE": True})
 """
 
 
@@ -178,7 +181,7 @@ def tolerance(settings):
     return 1e-5 if settings.get("state_dtype", "float32") == "float32" else 1e-2
 
 
-@pytest.mark.parametrize("settings", SETTINGS + WHOLE, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS + WHOLE + [{**WHOLE[3], "rank": 999}], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_steps_are_those_of_the_torch_code(shape, settings, monkeypatch, kernels):
     """Over several refreshes, by the torch code for accelerators and by the kernels. A whole moment is rounded to the

@@ -86,10 +86,11 @@ def test_every_method_trains_and_keeps_the_state_that_is_told_of_it(name, data):
         "lora": (8 * r * sum(32 + long for long in shapes) + 4 * 14) / elements,
         "scale": 0,
         "sinkgd": 0,
-        # Codes and scales, 18 bytes for 32 weights (88 are filled up to 96), bases in bf16 and two numbers.
-        "subspace-muon": sum(18 * rows for rows in (*[32] * 4, 88, 88, 32 * 3)) / elements
-        + sum(2 * 32 * r + 8 for _ in shapes) / elements,
     }
+    # Codes and scales of 32 weights (88 are filled up to 96), and two numbers; the bases are bf16.
+    groups = sum((*[32] * 4, 88, 88, 32 * 3))
+    expected["subspace-muon"] = (18 * groups + 7 * (2 * 32 * r + 8)) / elements
+    expected |= {name: (size * groups + 7 * 8) / elements for name, size in (("muon-4bit", 18), ("muon-8bit", 34))}
     if name in expected:
         assert found["bytes_a_weight"] == pytest.approx(expected[name], abs=2e-3)
     assert name in low_rank or name in expected

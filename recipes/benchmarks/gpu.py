@@ -41,7 +41,8 @@ from recipes.benchmarks.gpu_table import GIB, summary
 LIMITS = {"kernels": 170, "step": 160, "trainer": 130, "step-7b": 240, "memory": 180, "tune": 420}  # seconds
 RANKS = {"tiny": 16, "60m": 128, "1b": 256, "7b": 128}
 PEERS = ["apollo-torch", "galore-torch", "fira", "pytorch-optimizer", "fira_hf, published"]  # all but one by SVD
-OURS = ["floor", "adamw", "muon", "fira_hf-dense", "fira_hf, together", "fira_hf", "fira_hf, subspace-muon"]
+OURS = ["floor", "adamw", "muon", "fira_hf-dense", "fira_hf, together", "fira_hf"]
+OURS += ["fira_hf, subspace-muon", "fira_hf, muon-4bit"]
 # Bytes an element, by those of an element.
 STATE = {"adamw": lambda size: 2 * size, "muon": lambda size: size, "fira_hf-dense": lambda size: 8}
 Cell = Callable[[], dict[str, Any]]

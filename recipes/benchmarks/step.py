@@ -39,6 +39,7 @@ CHOICES: dict[str, tuple[str, dict[str, Any]]] = {
     "fira_hf, adafactor": ("fira_hf", {"refresh": "together", "base_optimizer": "adafactor"}),
     "fira_hf, lion": ("fira_hf", {"refresh": "together", "base_optimizer": "lion"}),
     "fira_hf, subspace-muon": ("fira_hf", {"refresh": "together", **PRESETS["subspace-muon"]}),
+    "fira_hf, muon-4bit": ("fira_hf", {"refresh": "together", **PRESETS["muon-4bit"]}),
 } | {name: (name, {}) for name in BUILDERS if name != "fira_hf"}
 
 
@@ -86,7 +87,7 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         kind, settings = CHOICES[name]
         try:
             gap = FiraConfig().update_proj_gap if name == DEFAULT else options.steps
-            steps[name] = build(kind, fresh(), 1e-3, rank, gap, **settings).step
+            steps[name] = build(kind, fresh(), 1e-3, gap=gap, **{"rank": rank, **settings}).step
         except ImportError as error:
             failed[name] = {"error": errors.text(error)}
     times: dict[str, list[float]] = {name: [] for name in steps}
