@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from subprocess import CompletedProcess
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
+import forks
 from recipes import checkpoints
 
 if sys.version_info >= (3, 11):
@@ -127,38 +129,26 @@ os._exit(0)  # before Python 3.14 a thread of torch that meets the end of the in
 
 
 def launch(script: str, folder: Path, processes: int, *arguments: str) -> None:
-    """Runs a script by torchrun, one thread a process on the CPU; fails with what it wrote if it fails."""
+    """Runs a script in processes that find each other as torchrun's do, one thread each on the CPU; fails with what
+    they wrote if one fails."""
     path = folder / "script.py"
     path.write_text(script + FAREWELL)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    search = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    result = subprocess.run(
-        [*command, str(path), *arguments],
-        env=os.environ | {"PYTHONPATH": search, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {"MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+    started = forks.start([str(path), *arguments], ROOT, folder, processes, **environment)
+    try:
+        forks.wait(started)
+    except torch.multiprocessing.ProcessExitedException as error:
+        pytest.fail(f"{error}\n{(folder / 'err.txt').read_text(encoding='utf-8')[-3000:]}")
 
 
-# What others print when they are imported is theirs: bitsandbytes, which they import where it is installed, has a line
-# for some CPUs.
-IMPORT_OTHERS = """
-import sys
-import peft, transformers.trainer
-
-for stream in (sys.stdout, sys.stderr):
-    print("<ours>", file=stream, flush=True)
-"""
-
-
-def run_quietly(code: str, *words: str) -> tuple[int, str, str]:
-    """Runs code with these arguments in a fresh process: its exit code, and what it prints itself (stdout, stderr)."""
-    command = [sys.executable, "-c", IMPORT_OTHERS + code, *words]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    out, err = (text.partition("<ours>\n")[2] if "<ours>" in text else text for text in (result.stdout, result.stderr))
-    return result.returncode, out, err
+def run_quietly(code: str, folder: Path, *words: str) -> tuple[int, str, str]:
+    """Runs code with these arguments in a process that has imported what others make and nothing of ours: its exit
+    status, and what it prints (stdout, stderr)."""
+    (folder / "code.py").write_text(code)
+    done = forks.run([str(folder / "code.py"), *words], ROOT, folder)
+    return done.returncode, done.stdout, done.stderr
 
 
 def _train_words(preset: Path, method: str, folder: Path, words: tuple[str, ...]) -> list[str]:
@@ -175,25 +165,33 @@ def run_recipe(train: ModuleType, preset: Path, method: str, folder: Path, *word
 
 def kill_recipe(train: ModuleType, preset: Path, method: str, folder: Path, *words: str) -> None:
     """Does the same in another process and kills it when it has a checkpoint."""
-    command = [sys.executable, "-m", train.__name__, *_train_words(preset, method, folder, words)]
-    process = start_until_checkpoint(command, folder, folder.parent)
+    command = ["-m", train.__name__, *_train_words(preset, method, folder, words)]
+    (process,) = forks.start(command, ROOT, folder.parent).processes
+    wait_for_checkpoint(process.is_alive, folder, folder.parent)
     process.kill()
-    process.wait()
+    process.join()
     assert not (folder / "result.json").exists()
 
 
-def start_until_checkpoint(command: list[str], folder: Path, logs: Path, **environment: str) -> subprocess.Popen:
-    """A process that has just written the first checkpoint into `folder`; out.txt and err.txt in `logs` are its."""
-    with (logs / "out.txt").open("w") as out, (logs / "err.txt").open("w") as err:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | RECIPE_ENVIRONMENT | environment, stdout=out, stderr=err
-        )
+def call_main(command: list[str], **_) -> CompletedProcess:
+    """In the place of `subprocess.run`: a module's `main` in this process."""
+    assert command[:2] == [sys.executable, "-m"]
+    return CompletedProcess(command, importlib.import_module(command[2]).main(command[3:]))
+
+
+def wait_for_checkpoint(is_alive: Callable[[], bool], folder: Path, logs: Path) -> None:
+    """Until a process has just written the first checkpoint into `folder`; err.txt in `logs` is its."""
     deadline = time.monotonic() + 120
     while checkpoints.newest(folder)[0] is None:
-        assert process.poll() is None, (logs / "err.txt").read_text(encoding="utf-8")[-3000:]
+        assert is_alive(), (logs / "err.txt").read_text(encoding="utf-8")[-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    return process
+
+
+@pytest.fixture
+def in_this_process(monkeypatch) -> None:
+    """`compare` and `search` start processes, which here are calls of what those would run."""
+    monkeypatch.setattr("recipes.runner.subprocess", SimpleNamespace(run=call_main))
 
 
 @pytest.fixture

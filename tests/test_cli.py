@@ -107,10 +107,10 @@ def test_inspect_tells_what_is_projected_and_what_a_checkpoint_holds(folder, mak
     assert "optimizer.pt" in capsys.readouterr().err
 
 
-def test_it_starts_as_a_module():
+def test_it_starts_as_a_module(tmp_path):
     as_module = "import runpy; runpy.run_module('fira_hf.cli', run_name='__main__', alter_sys=True)"
     words = ["memory", "--model", LLAMA_7B, "--method", "fira", "--rank", "16"]
-    code, out, err = run_quietly(as_module, *words)
+    code, out, err = run_quietly(as_module, tmp_path, *words)
     assert (code, err) == (0, "")
     assert "27.30" in out
 

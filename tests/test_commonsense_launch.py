@@ -19,7 +19,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from commonsense_tiny import write_data, write_model, write_preset
-from conftest import ROOT, launch, run_recipe, start_until_checkpoint
+from conftest import RECIPE_ENVIRONMENT, ROOT, launch, run_recipe, wait_for_checkpoint
 from recipes import checkpoints, files, processes, rundir
 from recipes.commonsense import compare, report, search, train
 from recipes.commonsense.train import RECIPE, parse
@@ -64,7 +64,10 @@ def killed(preset, tmp_path_factory) -> SimpleNamespace:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS["ddp-2cpu"])]
     command += ["-m", "recipes.commonsense.compare", str(preset), "--output_dir", str(folder)]
     command += ["--methods", "fira-full", *WORDS]
-    process = start_until_checkpoint(command, run_folder, folder, CUDA_VISIBLE_DEVICES="")
+    environment = os.environ | RECIPE_ENVIRONMENT | {"CUDA_VISIBLE_DEVICES": ""}
+    with (folder / "out.txt").open("w") as out, (folder / "err.txt").open("w") as err:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err)
+    wait_for_checkpoint(lambda: process.poll() is None, run_folder, folder)
     victim = find_process(1, str(run_folder))
     assert victim is not None, "it ended before it could be killed"
     os.kill(victim, signal.SIGKILL)

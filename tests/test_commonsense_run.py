@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
 import os
 import re
@@ -19,8 +21,9 @@ import transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+import forks
 from commonsense_tiny import WORDS, write_data, write_model, write_preset
-from conftest import RECIPE_ENVIRONMENT, ROOT, kill_recipe, run_recipe
+from conftest import ROOT, call_main, kill_recipe, run_recipe
 from recipes import checkpoints, files, measure
 from recipes.commonsense import compare, report, scoring, search, train
 from recipes.commonsense.settings import METHODS
@@ -32,12 +35,6 @@ run = functools.partial(run_recipe, train)
 def preset(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     return write_preset(folder / "tiny", write_model(folder / "model"), write_data(folder / "data"))
-
-
-@pytest.fixture(autouse=True)
-def _subprocesses_find_the_recipe(monkeypatch):
-    for name, value in RECIPE_ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
 
 
 def losses(result: dict) -> list[tuple]:
@@ -178,7 +175,19 @@ def test_a_failure_is_recorded_with_its_error(preset, tmp_path, capsys):
     assert run(preset, "fira-full", tmp_path)["status"] == "ok"  # mended: nothing stands in the way
 
 
-def test_compare_survives_a_failure_reports_and_repeats_only_what_failed(preset, tmp_path, capfd):
+@pytest.fixture
+def in_forks(monkeypatch, tmp_path_factory) -> None:
+    """`compare` starts a process for each run, which here are forks."""
+    logs = tmp_path_factory.mktemp("logs")
+
+    def call(command: list[str], **_) -> subprocess.CompletedProcess:
+        assert command[0] == sys.executable
+        return forks.run(command[1:], ROOT, logs)
+
+    monkeypatch.setattr("recipes.runner.subprocess", SimpleNamespace(run=call))
+
+
+def test_compare_survives_a_failure_reports_and_repeats_only_what_failed(preset, tmp_path, in_forks, capfd):
     words = [str(preset), "--output_dir", str(tmp_path), "--methods", "lora,fira-full,adamw-full", "max_steps=4"]
     # A folder in the place of fira-full's settings file makes that run fail before it can record anything.
     obstacle = tmp_path / "fira-full-seed42" / "settings.tmp"
@@ -218,12 +227,13 @@ def compared(preset, tmp_path_factory) -> SimpleNamespace:
     words = [str(preset), "--output_dir", str(folder), "--methods", "lora,fira-on-lora,fira-full", "--seeds", "0"]
     words += ["--answer_format", "text", "--data_dir", "recipes/commonsense/data", "--learning_rate", "1e-2"]
     words += ["--max_train_per_task", "6", "--max_test_per_task", "6", "--val_set_size", "16", "--max_steps", "4"]
-    command = [sys.executable, "-m", "recipes.commonsense.compare", *words]
     printed = []
-    for _ in range(2):
-        ran = subprocess.run(command, cwd=ROOT, env=os.environ | RECIPE_ENVIRONMENT, capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stderr[-3000:]
-        printed.append(ran.stdout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("recipes.runner.subprocess", SimpleNamespace(run=call_main))
+        for _ in range(2):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                assert compare.main(words) == 0
+            printed.append(out.getvalue())
     return SimpleNamespace(folder=folder, printed=printed, text=(folder / "report.md").read_text(encoding="utf-8"))
 
 
@@ -309,7 +319,7 @@ def test_methods_are_reported_where_the_model_before_training_failed(preset, tmp
     assert "| lora | 6,144 |" in text
 
 
-def test_compare_fails_when_every_method_does(preset, tmp_path, capfd):
+def test_compare_fails_when_every_method_does(preset, tmp_path, in_this_process, capfd):
     words = [str(preset), "--output_dir", str(tmp_path), "--methods", "lora", "--data_dir", str(tmp_path / "none")]
     assert compare.main(words) == 1
     assert "There is no data file" in (tmp_path / "report.md").read_text(encoding="utf-8")
@@ -338,7 +348,7 @@ def test_a_run_killed_by_the_system_is_recorded(preset, tmp_path, monkeypatch, c
     assert "most likely for want of memory" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-def test_search_takes_the_lowest_validation_loss(preset, tmp_path, capfd):
+def test_search_takes_the_lowest_validation_loss(preset, tmp_path, in_this_process, capfd):
     values = "learning_rate=1e-5,1e-2"
     words = [
         str(preset),

@@ -5,17 +5,16 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import os
 import re
 import shlex
-import subprocess
-import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import transformers
 
+import forks
 from conftest import PROJECT
 
 ROOT = Path(__file__).parents[1]
@@ -80,14 +79,6 @@ PYTHON = [block for block in BLOCKS if block.language in {"python", "py"}]
 BASH = [block for block in BLOCKS if block.language in {"bash", "sh", "shell", "console"}]
 
 
-def run_python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
 @pytest.mark.parametrize(
     "page", sorted({block.page for block in PYTHON if not block.reason}), ids=lambda page: page.name
 )
@@ -102,7 +93,7 @@ def test_python_runs(page: Path, tmp_path: Path) -> None:
     lines[0] = "from docs_prelude import *"
     program = tmp_path / f"{page.stem}.md.py"
     program.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    result = run_python(str(program), cwd=tmp_path)
+    result = forks.run([str(program)], tmp_path, tmp_path)
     assert result.returncode == 0, f"{page.relative_to(ROOT)}\n{result.stdout[-1000:]}\n{result.stderr[-3000:]}"
 
 
@@ -117,7 +108,8 @@ def test_python_is_read(block: Block) -> None:
 @functools.cache
 def read_help(*command: str) -> str:
     """What `python -m command --help` prints."""
-    result = run_python("-m", *command, "--help")
+    with tempfile.TemporaryDirectory() as logs:
+        result = forks.run(["-m", *command, "--help"], ROOT, Path(logs))
     assert result.returncode == 0, f"python -m {' '.join(command)} --help\n{result.stderr[-2000:]}"
     return result.stdout
 

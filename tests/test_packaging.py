@@ -54,10 +54,10 @@ def test_version_is_said_once() -> None:
     assert f"## [{fira_hf.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def test_import_is_quiet() -> None:
+def test_import_is_quiet(tmp_path: Path) -> None:
     """In a fresh process: neither a warning nor a line of output, and nothing that only recipes and tests need."""
-    code = "import fira_hf; assert not {'fira', 'galore_torch', 'recipes'} & set(sys.modules)"
-    assert run_quietly(code) == (0, "", "")
+    code = "import sys, fira_hf; assert not {'fira', 'galore_torch', 'recipes'} & set(sys.modules)"
+    assert run_quietly(code, tmp_path) == (0, "", "")
 
 
 def test_the_recipes_do_not_repeat_what_bitsandbytes_lacks_on_some_cpus() -> None:

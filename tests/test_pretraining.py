@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -257,17 +255,6 @@ def test_a_killed_run_ends_as_if_it_had_not_been(preset, method, tmp_path, capsy
         assert resumed[key] == whole[key]
     for name in records:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """`compare` and `search` start processes, which here are calls of the training script."""
-
-    def call(command: list[str], **_) -> subprocess.CompletedProcess:
-        assert command[:3] == [sys.executable, "-m", "recipes.pretraining.train"]
-        return subprocess.CompletedProcess(command, train.main(command[3:]))
-
-    monkeypatch.setattr("recipes.runner.subprocess", SimpleNamespace(run=call))
 
 
 def test_compare_writes_one_report_over_methods_and_seeds(preset, tmp_path, in_this_process):
