@@ -28,8 +28,9 @@ demo: $(STAMP) ## compare Fira with LoRA on a small pretrained LLaMA (about ten 
 	@echo "The report, its pictures and its figures lie in $(REPORT)/"
 
 test test-versions: export OMP_NUM_THREADS := 1
+# In the order of the files: by the number of their tests, the few slow ones of a file would come last and alone.
 test: lint ## lint, types and all tests, in two processes
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-versions: $(STAMP) ## the library's tests on its oldest and newest versions, each installed once, 5 GB each
 	$(BIN)/nox $(NOX)

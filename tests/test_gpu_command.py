@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import forks
 from fira_hf import FiraAdamW, functional
 from recipes.benchmarks import gpu, kernels, tune
 from recipes.benchmarks.optimizers import BUILDERS
@@ -193,10 +193,9 @@ def test_without_a_device_it_says_so(tmp_path, capsys):
 def test_the_command_checks_the_kernels(tmp_path):
     """In processes of its own; where Triton is not installed the rows say so."""
     words = ["--output_dir", str(tmp_path), *TINY, "--parts", "kernels"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment |= {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "recipes.benchmarks.gpu", *words]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    result = forks.run(["-m", "recipes.benchmarks.gpu", *words], ROOT, tmp_path, **environment)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     found = cells(tmp_path, "kernels")
     assert list(found) == list(kernels.CHECKS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fira_hf.state
-from conftest import ROOT
+from conftest import ROOT, run_quietly
 from fira_hf import PUBLISHED, FiraAdamW, whole
 from fira_hf import functional as F
 from fira_hf.layerwise import step_in_backward
@@ -149,7 +149,7 @@ def test_the_kernels_can_be_switched_off(monkeypatch):
     assert fira_hf.state._operations.__wrapped__("cuda") is not F
 
 
-def test_a_step_on_the_cpu_does_not_import_triton():
+def test_a_step_on_the_cpu_does_not_import_triton(tmp_path):
     """Where nobody else has: it takes a second, and a place where it is broken would break everything."""
     code = (
         "import sys, torch, transformers, peft; before = 'triton' in sys.modules\n"
@@ -157,7 +157,7 @@ def test_a_step_on_the_cpu_does_not_import_triton():
         "fira_hf.FiraAdamW([{'params': [p], 'rank': 2}]).step()\n"
         "assert ('triton' in sys.modules) == before and 'fira_hf.kernels' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert run_quietly(code, tmp_path) == (0, "", "")
 
 
 def optimizer_of(*params, **settings):

@@ -5,8 +5,6 @@ Run as a script (`python test_resume.py FOLDER`), this file is the second half o
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 import fira_hf
+import forks
 from conftest import build_llama, build_tokens, trainer_settings
 
 STEPS, STOP = 12, 5
@@ -131,14 +130,7 @@ def test_resume_in_a_fresh_process_is_bit_equal(tmp_path):
     whole = {kind: build_trainer(tmp_path / kind, kind) for kind in FRESH}
     for trainer in whole.values():
         trainer.train()
-    root = Path(fira_hf.__file__).resolve().parents[1]
-    done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = forks.run([__file__, str(tmp_path)], tmp_path, tmp_path)
     assert done.returncode == 0, done.stderr
     for kind, trainer in whole.items():
         assert_equal_bits(parameters(trainer.model), torch.load(tmp_path / f"{kind}.pt", weights_only=True))

@@ -6,10 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,10 +15,8 @@ from transformers import HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArgume
 from transformers.training_args import OptimizerNames
 
 import fira_hf
-from conftest import build_llama, trainer_settings
+from conftest import build_llama, run_quietly, trainer_settings
 from fira_hf import PUBLISHED, FiraAdamW, FiraConfig, get_fira_optimizer
-
-ROOT = Path(fira_hf.__file__).resolve().parents[1]
 
 
 def fira_args(tmp_path, **arguments) -> TrainingArguments:
@@ -134,15 +129,8 @@ def fresh_process(tmp_path_factory) -> Path:
     args = fira_args(folder, optim_args="rank=8")
     (folder / "args.pickle").write_bytes(pickle.dumps(args))
     torch.save(args, folder / "training_args.bin")  # as the Trainer writes it
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, str(folder)],
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    code, _, err = run_quietly(FRESH_PROCESS, folder, str(folder))
+    assert code == 0, err
     return folder
 
 
