@@ -135,8 +135,8 @@ def _step(options: argparse.Namespace, seconds: float, **one: str) -> dict[str, 
     layers = _fitting(options, one["size"], one["dtype"], OURS)
     told = settings(options, **one, layers=layers, gap=200, methods=OURS, steps=2)
     probe = step.run(told)  # compiles, and tells how long a step takes
-    a_turn = sum(row.get("longest" if options.tiny else "ordinary", 0.0) for row in probe.values()) / 1000
-    told.steps = max(3 if options.tiny else 11, min(40, int(seconds / (2 * max(a_turn, 1e-6)))))
+    a_turn = sum(row.get("ordinary", 0.0) for row in probe.values()) / 1000
+    told.steps = 3 if options.tiny else max(11, min(40, int(seconds / (2 * max(a_turn, 1e-6)))))
     return {"layers": layers, "rank": told.rank, "steps": told.steps, "milliseconds": step.run(told)}
 
 
