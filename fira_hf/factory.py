@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig
+from .int8 import is_int8
 from .optimizer import FiraAdamW
 from .state import state_dtype_of
 from .targets import Skipped, TargetPlan, adamw_state_bytes, find_targets
@@ -112,6 +113,9 @@ def summarize(model: nn.Module, plan: TargetPlan) -> str:
         f"Fira projects {matrices} matrices {within}({by_rank}) with {size:,} of {trainable:,} trainable parameters "
         f"({size / trainable:.1%})."
     ]
+    codes = sum(map(is_int8, projected + skipped))
+    if codes:
+        lines.append(f"{codes} of the trained weights are int8 with a scale for each row, and rounded at random.")
     useless = sum(t.matrices for t in plan.projected if t.state_bytes >= adamw_state_bytes(t.parameter))
     if useless:
         lines.append(f"{useless} of them need at least as much state as with AdamW: lower the rank, or exclude them.")

@@ -385,16 +385,18 @@ def apply_updates(
     decay: float,
     active: Tensor | None = None,
     seeds: Sequence[int] | None = None,
+    update: Callable[..., None] | None = None,
 ) -> None:
     """W <- decay (W - (a N - k B R) Q^T - B G) for each matrix, in place; N may be changed.
 
     a: (B, 1, 1); without R the bracket is a N. Without B only a N is applied: gradients are not read, nor, where
-    nothing decays, columns outside of a range. `active`, `seeds`: one for each, or None; see `apply_update`.
+    nothing decays, columns outside of a range. `active`, `seeds`: one for each, or None; see `apply_update`, which
+    `update` takes the place of.
     """
     A = N.mul_(a) if R is None or B is None else N.mul_(a).addcmul_(B, R, value=-k)
     for i, (W, G, Q) in enumerate(zip(weights, grads, bases, strict=True)):
         on, b = None if active is None else active[i], None if B is None else B[i]
-        apply_update(W, G, A[i], Q, b, decay, on, generator(W, seeds[i] if seeds else None))
+        (update or apply_update)(W, G, A[i], Q, b, decay, on, generator(G, seeds[i] if seeds else None))
 
 
 def apply_update(

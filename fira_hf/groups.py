@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from .config import PACKED, PROJECTED_DEFAULTS, SHARED_DEFAULTS, check_update, normalised, unknown_name
+from .distributed import local
+from .int8 import is_int8
 from .whole import GROUP
 
 ADAM_SETTINGS = ("lr", "betas", "eps", "weight_decay")
@@ -87,6 +89,11 @@ def check_weight(p: Tensor, group: dict[str, Any]) -> None:
         raise ValueError(
             f"Parameter group: split={group['split']} does not divide the output dimension of {name_of(p, group)}, of "
             f"shape {tuple(p.shape)}: only equal parts can be projected by themselves."
+        )
+    if group["residual"] == "moment" and is_int8(local(p.data)):
+        raise ValueError(
+            f"Parameter group: residual='moment' trains no int8 weights, but {name_of(p, group)} is one: leave the "
+            "preset subspace-muon out, or the weight unquantised (filter_fn of quantize_)."
         )
     is_packed = group["residual"] == "moment" and group["state_dtype"] in PACKED
     if is_packed and group["transposed"] and group["split"] > 1 and p.shape[-1] // group["split"] % GROUP:

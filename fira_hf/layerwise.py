@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Variable
 
+from .int8 import stored
 from .optimizer import FiraAdamW
 from .state import first_states
 from .wrappers import unwrapped
@@ -53,7 +54,8 @@ class StepInBackward:
             )
         if group is not None:
             for p in self._weights:  # as DDP does
-                dist.broadcast(p.detach(), dist.get_global_rank(group, 0), group)
+                for part in stored(p.detach()):
+                    dist.broadcast(part, dist.get_global_rank(group, 0), group)
         # Last, so that an error leaves none behind.
         self._of_weights: list[Any] = []
         try:

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from . import functional as F
-from . import whole
+from . import int8, whole
 from .checkpoint import check_checkpoint, pairs
 from .config import FiraConfig
 from .distributed import agree, local, sharded_like, shards_of
@@ -327,7 +327,8 @@ class FiraAdamW(torch.optim.Optimizer):
             apply_updates(views, grads, wholes, A, B, bases, decay, group["betas"][0], active, *both)
         else:
             b = B if s else None
-            ops.apply_updates(views, grads, *low_rank, a, k, b, bases, decay, active, weight_seeds)
+            apply_updates = int8.apply_updates if isinstance(views[0], int8.Int8Weight) else ops.apply_updates
+            apply_updates(views, grads, *low_rank, a, k, b, bases, decay, active, weight_seeds)
         if self.track_statistics:
             totals = F.total_norms(torch.stack([G_norms, R_norms, alpha * N_norms]), add)
             self._add_statistics(totals[0], totals[1], totals[2], s * c * norm, c, active)
@@ -343,18 +344,23 @@ class FiraAdamW(torch.optim.Optimizer):
                 self._create_dense(p, group, first[p])
             states.append(self.state[p])
         steps = [state["step"] for state in states]
-        operations(parameters[0]).dense_adamw(
-            [local(p.detach()) for p in parameters],
-            [local(p.grad) for p in parameters],
-            [local(state["exp_avg"]) for state in states],
-            [local(state["exp_avg_sq"]) for state in states],
-            # After infinitely many steps nothing is left of the bias.
-            list(torch._foreach_add(steps, 0.0 if group["correct_bias"] else torch.inf)),
-            finite,
-            [rounding_seed(s) if rounds_weight(p, group) else None for p, s in zip(parameters, states, strict=True)],
-            [rounding_seed(s, use=OF_MOMENTS) if rounds_state(group) else None for s in states],
-            {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
-        )
+        # After infinitely many steps nothing is left of the bias.
+        counts = torch._foreach_add(steps, 0.0 if group["correct_bias"] else torch.inf)
+        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
+        rows = []
+        for p, s, count in zip(parameters, states, counts, strict=True):
+            moments = [local(s[name]) for name in F.MOMENTS["adamw"]]
+            seed = rounding_seed(s) if rounds_weight(p, group) else None
+            state_seed = rounding_seed(s, use=OF_MOMENTS) if rounds_state(group) else None
+            weight, grad = int8.view(local(p.detach())), local(p.grad)
+            if isinstance(weight, int8.Int8Weight):
+                int8.dense_adamw(weight, grad, moments, count, finite, seed, state_seed, settings)
+            else:
+                rows.append((weight, grad, *moments, count, seed, state_seed))
+        if rows:
+            *columns, seeds, state_seeds = zip(*rows, strict=True)
+            ops = operations(rows[0][0])
+            ops.dense_adamw(*map(list, columns), finite, list(seeds), list(state_seeds), settings)
         made = finite.float()
         torch._foreach_add_(steps, [made.to(step.device) for step in steps])
 

@@ -19,6 +19,7 @@ from . import functional as F
 from . import whole
 from .config import PACKED
 from .distributed import Shards, local, own_of_stack, sharded_like, shards_of
+from .int8 import is_int8, view
 
 # Matrices of one shape are taken together up to this many elements of their low-rank gradients: 4 MiB on the CPU;
 # elsewhere 32 MiB, so that starting the operations does not take longer than the operations.
@@ -249,7 +250,7 @@ class Matrix:
         index: int | None,
         place: int,
         shards: Shards | None,
-        weight: Tensor,
+        weight: Any,
         grad: Any,
     ) -> None:
         self.parameter, self.state, self.index, self.place, self.shards = parameter, state, index, place, shards
@@ -261,7 +262,7 @@ class Matrix:
         """Whether the rows of the whole are its long side."""
         return self.shards.is_tall if self.shards else self.shape[0] >= self.shape[1]
 
-    def tall(self, tensor: Tensor) -> Tensor:
+    def tall(self, tensor: Any) -> Any:
         """Weight or gradient, or this process's part of it, with the long side of the whole first."""
         return tensor if self.is_tall else tensor.t()
 
@@ -363,7 +364,7 @@ def matrices_of(p: Any, states: Mapping[Any, dict[str, Any]], group: dict[str, A
     split, transposed = group["split"], group["transposed"]
     state: Any = states.get(p) or State()
     shards = shards_of(p, split, transposed)
-    weight, grad = local(p.detach()), local(p.grad)
+    weight, grad = view(local(p.detach())), local(p.grad)
     if shards is not None:
         return [Matrix(p, state, None, 0, shards, weight, grad)]
     weights, grads = F.parts(weight, split, transposed), F.parts(grad, split, transposed)
@@ -384,8 +385,9 @@ def batches(matrices: Iterable[Matrix], rank: int) -> Iterator[list[Matrix]]:
         if p.device.type != "cpu":
             # A whole moment lies as the shape says, whichever way the weight does.
             lie = (shape[0] >= shape[1], *(matrix.tall(x).stride() for x in (matrix.weight, matrix.grad)))
-        alike[max(shape), min(shape), p.device, p.dtype, p.grad.dtype, matrix.shards, lie].append(matrix)
-    for (long, short, device, *_), members in alike.items():
+        kind = (is_int8(local(p.data)), p.dtype, p.grad.dtype, matrix.shards, lie)
+        alike[max(shape), min(shape), p.device, kind].append(matrix)
+    for (long, short, device, _), members in alike.items():
         size = max(1, BATCH.get(device.type, BATCH_ELSEWHERE) // (long * min(rank, short)))
         for i in range(0, len(members), size):
             yield members[i : i + size]
@@ -405,8 +407,8 @@ def rounds_state(group: dict[str, Any]) -> bool:
 
 
 def rounds_weight(p: Tensor, group: dict[str, Any]) -> bool:
-    """Whether the weight is rounded at random."""
-    return bool(group["stochastic_rounding"] and p.dtype == torch.bfloat16)
+    """Whether the weight is rounded at random; int8 always is, or most updates would be lost."""
+    return bool(group["stochastic_rounding"] and p.dtype == torch.bfloat16) or is_int8(local(p.data))
 
 
 def rounding_seed(state: dict[str, Any], place: int = 0, use: int = 0) -> int:

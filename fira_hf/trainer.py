@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import OptimizerNames, ParallelMode
 
+from . import int8
 from .config import ALL_LINEAR, LAYERWISE, PRESETS, FiraConfig, plain, unknown_name
 from .factory import build_optimizer
 from .layers import linear_layers, weights
@@ -109,14 +110,22 @@ def register() -> None:
     @functools.wraps(original_train)
     def train(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
         # Not before the loop has a trial of hyperparameter_search its arguments, `optim` among them, and accelerator.
-        loop = trainer._inner_training_loop
+        loop, load = trainer._inner_training_loop, trainer._load_from_checkpoint
+
+        @functools.wraps(load)
+        def load_parts(*args: Any, **kwargs: Any) -> Any:
+            if trainer.args.optim in NAMES:
+                int8.save_as_parts(trainer.model)
+            return load(*args, **kwargs)
 
         @functools.wraps(loop)
         def layerwise_or_not(*args: Any, **kwargs: Any) -> Any:
+            if trainer.args.optim in NAMES:
+                int8.save_as_parts(trainer.model)
             with Layerwise(trainer) if trainer.args.optim == LAYERWISE else contextlib.nullcontext():
                 return loop(*args, **kwargs)
 
-        with _replaced(trainer, _inner_training_loop=layerwise_or_not):
+        with _replaced(trainer, _inner_training_loop=layerwise_or_not, _load_from_checkpoint=load_parts):
             return original_train(trainer, *args, **kwargs)
 
     Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)  # type: ignore

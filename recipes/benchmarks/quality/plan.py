@@ -21,7 +21,8 @@ from recipes.benchmarks.quality.train import Data, Regime
 AROUND, ADAMW = "around", "adamw"  # of --rates, beside numbers
 LOWEST, HIGHEST = -16, 2  # of the grid: 1e-8 to 10
 METHODS = Path(__file__).with_name("methods.yaml")
-KEYS = {"label", "optimizer", "rate", "settings", "share", "rank", "interval", "lora"}
+KEYS = {"label", "optimizer", "rate", "settings", "share", "rank", "interval", "lora", "weights"}
+STORED = ("bfloat16", "int8")  # how matrices can be kept, beside fp32
 
 Losses = dict[float, float]  # by rate; infinite where the run diverged
 
@@ -48,6 +49,8 @@ def read_methods(path: Path = METHODS) -> dict[str, dict[str, Any]]:
         if method.get("optimizer") not in BUILDERS | QUALITY:
             known = ", ".join(BUILDERS | QUALITY)
             raise ValueError(f"{path}, {name}: optimizer is {method.get('optimizer')!r}; there are {known}.")
+        if method.get("weights", STORED[0]) not in STORED:
+            raise ValueError(f"{path}, {name}: weights is {method['weights']!r}; write {' or '.join(STORED)}.")
         try:
             method["rate"] = float(method.get("rate"))  # YAML takes 1e-3 for a word
         except (TypeError, ValueError):

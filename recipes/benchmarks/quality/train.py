@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -135,6 +136,28 @@ def add_adapters(model: nn.Module, rank: int) -> list[nn.Parameter]:
     return [p for name, p in model.named_parameters() if "lora_" in name]
 
 
+class Widened(nn.Module):
+    """Of a weight in half precision a copy in fp32, in which all else is computed."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.float()
+
+
+def store_in(model: nn.Module, kept: str) -> None:
+    """Keeps the matrices in bf16, or as torchao's int8 with scales in bf16; gradients are bf16, all else is fp32."""
+    for name, module in model.named_modules():
+        if not re.fullmatch(LINEAR, name):
+            continue
+        module.weight.data = module.weight.data.bfloat16()
+        if kept == "bfloat16":
+            nn.utils.parametrize.register_parametrization(module, "weight", Widened(), unsafe=True)
+        else:
+            from torchao.prototype.quantized_training import int8_weight_only_quantized_training
+            from torchao.quantization import quantize_
+
+            quantize_(module, int8_weight_only_quantized_training())
+
+
 @torch.no_grad()
 def validate(model: nn.Module, valid: Tensor) -> float:
     """Nats a byte."""
@@ -192,6 +215,8 @@ def train(
     torch.manual_seed(seed)
     size, steps = SIZES[regime.size], regime.steps
     model = build_model(size).to(device)
+    if "weights" in method:
+        store_in(model, method["weights"])
     matrices, dense = split_parameters(model)
     elements, parameters = sum(p.numel() for p in matrices), sum(p.numel() for p in model.parameters())
     rank = rank_of(method, size)
