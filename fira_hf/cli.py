@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from .config import ALL_LINEAR, FiraConfig
 from .factory import summarize
-from .memory import METHODS, MemoryEstimate, build_on_meta, predict_memory
+from .memory import INT8, METHODS, TRAIN_INT8, MemoryEstimate, build_on_meta, predict_memory
 from .targets import find_targets
 
 GIB = 2**30
@@ -49,11 +49,17 @@ def build_parser() -> argparse.ArgumentParser:
         for name in OF_STATE:
             one.add_argument(f"--{name}", default=getattr(FiraConfig, name), help="of Fira (default: %(default)s)")
     memory.add_argument(
-        "--method", default=",".join(METHODS), help=f"one or more, with commas between (default: {','.join(METHODS)})"
+        "--method",
+        help=f"one or more, with commas between (default: {','.join(METHODS)}; for int8 {','.join(TRAIN_INT8)})",
     )
     memory.add_argument("--lora_rank", type=int, help="of LoRA's A and B (default: --rank)")
-    dtypes = ("bfloat16", "float16", "float32")
-    memory.add_argument("--dtype", choices=dtypes, default=dtypes[0], help="of the weights (default: %(default)s)")
+    dtypes = ("bfloat16", "float16", "float32", INT8)
+    memory.add_argument(
+        "--dtype",
+        choices=dtypes,
+        default=dtypes[0],
+        help="of the weights; int8: of linear layers, by torchao, the rest bfloat16 (default: %(default)s)",
+    )
     memory.add_argument("--batch_size", type=int, help="sequences on the device at once; for activations")
     memory.add_argument("--sequence_length", type=int, help="tokens in a sequence; for activations")
     memory.add_argument("--gradient_checkpointing", action="store_true", help="keep one activation a layer")
@@ -81,9 +87,10 @@ def table(found: dict[str, MemoryEstimate]) -> str:
 
 
 def memory(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
+    methods = options.method or ",".join(TRAIN_INT8 if options.dtype == INT8 else METHODS)
     found = predict_memory(
         model_config,
-        options.method.split(","),
+        methods.split(","),
         options.rank,
         options.target_modules,
         lora_rank=options.lora_rank,
@@ -131,7 +138,7 @@ def main(words: list[str] | None = None) -> int:
         warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers will drop
         try:
             print({"memory": memory, "inspect": inspect}[options.command](options, load_config(options.model)))
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
     return 0

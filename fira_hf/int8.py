@@ -96,6 +96,20 @@ def nbytes(tensors: Iterable[Any]) -> int:
     return sum(part.numel() * part.element_size() for p in tensors for part in stored(p))
 
 
+def quantise(model: nn.Module) -> None:
+    """Turns the weights of all linear layers into int8, as torchao's own function does.
+
+    Raises:
+        ImportError: torchao is not installed.
+    """
+    try:
+        from torchao.prototype.quantized_training import int8_weight_only_quantized_training
+        from torchao.quantization import quantize_
+    except ImportError as error:
+        raise ImportError("int8 weights are tensors of torchao: pip install torchao.") from error
+    quantize_(model, int8_weight_only_quantized_training())
+
+
 def encode(values: Tensor, scales: Tensor, draws: torch.Generator) -> tuple[Tensor, Tensor]:
     """Codes (int8) and scales of fp32 values (rows, columns), which are changed; `scales`, (rows, 1), are those so
     far. Values that are not finite have no codes."""

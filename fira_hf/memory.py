@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from . import int8
 from .config import ALL_LINEAR, LAYERWISE, FiraConfig, unknown_name
 from .targets import FP32, adamw_state_bytes, find_targets
 
@@ -69,7 +70,7 @@ def estimate_memory(
     # Backward holds a gradient of a tied weight until it has the other.
     uses = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
     estimate = MemoryEstimate(
-        weights=_bytes(model.parameters()),
+        weights=int8.nbytes(model.parameters()),
         gradients=max(uses[p] * _bytes([p]) for p in trainable) if layerwise else _bytes(trainable),
         optimizer_state=_state_bytes(model, config, optimizer),
     )
@@ -171,6 +172,8 @@ METHODS = {
     "relora": Method("adamw", "all"),
     "fira-on-lora": Method("fira", "adapters"),
 }
+INT8 = "int8"  # as a dtype of weights
+TRAIN_INT8 = ("adamw", "fira", LAYERWISE)  # methods
 
 
 def predict_memory(
@@ -195,10 +198,11 @@ def predict_memory(
         rank, target_modules, state_dtype, base_optimizer, projection, residual: as in `FiraConfig`. LoRA wraps the
             same targets, and Fira on LoRA projects all of LoRA's matrices.
         lora_rank: of A and B; by default `rank`.
-        dtype: of the weights.
+        dtype: of the weights; "int8": those of all linear layers by torchao's quantised training, the rest bfloat16.
 
     Raises:
         ValueError: as `estimate_memory`; there is no such method, or the model is no causal language model.
+        ImportError: dtype is "int8", and torchao is not installed.
     """
     _check_batch(batch_size, sequence_length)
     config = FiraConfig(
@@ -220,6 +224,8 @@ def predict_memory(
         if name not in METHODS:
             raise ValueError(unknown_name("method", name, list(METHODS)))
         optimizer, lora = METHODS[name].optimizer, METHODS[name].lora
+        if dtype == INT8 and name not in TRAIN_INT8:
+            raise ValueError(f"{name} trains no int8 weights: choose of {', '.join(TRAIN_INT8)}, or another dtype.")
         if lora not in models:
             model = build_on_meta(model_config, dtype)
             find_targets(model, config)  # every entry must match; PEFT ignores one that does not
@@ -245,13 +251,17 @@ def build_on_meta(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
 
     with torch.device("meta"):
         try:
-            return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+            kept = torch.bfloat16 if dtype == INT8 else getattr(torch, dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=kept)
         except ValueError as error:
             if "Unrecognized configuration class" not in str(error):
                 raise
             raise ValueError(
                 f"transformers has no causal language model of type {config.model_type!r}: choose a language model."
             ) from error
+    if dtype == INT8:
+        int8.quantise(model)
+    return model
 
 
 def _add_lora(model: PreTrainedModel, rank: int, target_modules: str | list[str], trained: str) -> nn.Module:
@@ -281,7 +291,8 @@ class _LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._seen: dict[int, Any] = {}
         for tensor in known:
-            self._add(tensor, 0)
+            for part in int8.stored(tensor):
+                self._add(part, 0)
 
     def _add(self, tensor: Tensor, size: int) -> None:
         storage = tensor.untyped_storage()
@@ -300,8 +311,8 @@ class _LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._add(leaf, leaf.untyped_storage().nbytes())
+            for part in int8.stored(leaf) if isinstance(leaf, Tensor) else []:
+                self._add(part, part.untyped_storage().nbytes())
         return out
 
 
@@ -347,5 +358,6 @@ def _free_gradient(p: Tensor) -> None:
 
 
 def _like(tensor: Tensor) -> Tensor:
-    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    parts = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu") for x in int8.stored(tensor)]
+    empty = type(tensor)(*parts) if int8.is_int8(tensor) else parts[0]
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fira_hf import int8
 from recipes import measure
 from recipes.benchmarks.models import Size
 from recipes.benchmarks.optimizers import build
@@ -152,10 +153,7 @@ def store_in(model: nn.Module, kept: str) -> None:
         if kept == "bfloat16":
             nn.utils.parametrize.register_parametrization(module, "weight", Widened(), unsafe=True)
         else:
-            from torchao.prototype.quantized_training import int8_weight_only_quantized_training
-            from torchao.quantization import quantize_
-
-            quantize_(module, int8_weight_only_quantized_training())
+            int8.quantise(module)
 
 
 @torch.no_grad()
