@@ -264,6 +264,12 @@ def test_the_committed_predictions_are_those_of_the_functions():
             assert row[key] == getattr(found[row["method"]], key)
 
 
+def test_the_committed_predictions_of_int8_weights_are_those_of_the_function():
+    pytest.importorskip("torchao")
+    committed = files.read_json(ROOT / "docs/benchmarks/int8.json")["rows"]
+    assert committed == predict.int8()
+
+
 def test_a_table_without_its_file_is_an_error(tmp_path, capsys):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks.md").write_text("<!-- table: step-60m -->\n<!-- end -->\n")

@@ -9,7 +9,7 @@ Parts, in this order; the first three end within eight minutes:
     step      ordinary, refresh and average step of LLaMA-60M and 1B beside fused AdamW and the peers; launches
     trainer   tokens per second of the Trainer on LLaMA-60M and 1B
     step-7b   the step of LLaMA-7B
-    memory    the peak of a training step of LLaMA-7B, beside the predicted one
+    memory    the peak of a training step of LLaMA-7B, beside the predicted one; with int8 weights in 12 GiB, no more
     tune      the time of each kernel with other block sizes
 
 Each part is a process of its own, since an error in a kernel ends a process's use of the GPU, and writes its file in
@@ -250,24 +250,35 @@ def _trainer(options: argparse.Namespace, size: str, dtype: str) -> dict[str, An
 
 
 def memory_part(options: argparse.Namespace) -> dict[str, Cell]:
-    return {name: functools.partial(_memory, options, name) for name in ("fira", "fira_layerwise")}
+    cells = {name: functools.partial(_memory, options, name) for name in ("fira", "fira_layerwise")}
+    int8: dict[str, Any] = {"dtype": "int8", "rank": 256, "state_dtype": "bfloat16", "card": 12 * GIB}
+    return {**cells, "fira_layerwise, int8": functools.partial(_memory, options, "fira_layerwise", **int8)}
 
 
-def _memory(options: argparse.Namespace, method: str) -> dict[str, Any]:
-    """Bytes at the peak of a step in bf16 of 1 x 256 tokens at the published rank of fine-tuning, checkpointed."""
+def _memory(
+    options: argparse.Namespace,
+    method: str,
+    dtype: str = "bfloat16",
+    rank: int = 16,
+    state_dtype: str = "float32",
+    card: int | None = None,
+) -> dict[str, Any]:
+    """Bytes at the peak of a step of 1 x 256 tokens, checkpointed, by default at the published rank of fine-tuning.
+    `card`: bytes that PyTorch may take, as if there were no more."""
     from fira_hf.memory import predict_memory
     from recipes.benchmarks import layerwise, train
 
     size = "tiny" if options.tiny else "7b"
-    told = settings(options, size=size, batch_size=1)
-    told.rank = 16
+    told = settings(options, size=size, batch_size=1, dtype=dtype)
+    told.rank = 16 if options.tiny else rank
     batch = {"batch_size": told.batch_size, "sequence_length": told.sequence_length, "gradient_checkpointing": True}
-    predicted = predict_memory(train.model_config(told), [method], told.rank, **batch)[method].total
+    kept = {"dtype": dtype, "state_dtype": state_dtype}
+    predicted = predict_memory(train.model_config(told), [method], told.rank, **kept, **batch)[method].total
     if options.device != "cpu":
         free = torch.cuda.mem_get_info()[0]
         if predicted + GIB > free:
             raise Skipped(f"{predicted / GIB:.1f} GiB are predicted, and {free / GIB:.1f} GiB are free on this card")
-    row = layerwise.run_once(method, told)
+    row = layerwise.run_once(method, told, state_dtype, card)
     beyond = max(row["first_peak_bytes"] - row["state_bytes"], row["peak_bytes"])
     measured = row["weight_bytes"] + row["state_bytes"] + beyond
     return {**row, "rank": told.rank, "predicted_bytes": predicted, "measured_bytes": measured}

@@ -15,20 +15,27 @@ from typing import Any
 
 import torch
 
-from fira_hf import FiraConfig, get_fira_optimizer
+from fira_hf import FiraConfig, get_fira_optimizer, int8
 from fira_hf.layerwise import step_in_backward
 from recipes import measure
 from recipes.benchmarks.memory import peak_bytes
 from recipes.benchmarks.models import SIZES
 from recipes.benchmarks.options import parser as command_line
 from recipes.benchmarks.options import write
+from recipes.benchmarks.step import timed
 from recipes.benchmarks.train import build_model
 
 METHODS = ("adamw", "fira", "fira_layerwise")
 
 
-def run_once(method: str, options: argparse.Namespace) -> dict[str, Any]:
+def run_once(
+    method: str, options: argparse.Namespace, state_dtype: str = "float32", card: int | None = None
+) -> dict[str, Any]:
+    """`card`: bytes that PyTorch may take of a GPU, from when the model is there."""
     model = build_model(options, False, options.device)
+    if card is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, card / torch.cuda.get_device_properties(0).total_memory))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     optimizer: torch.optim.Optimizer
@@ -36,7 +43,7 @@ def run_once(method: str, options: argparse.Namespace) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     else:
         rank = options.rank or SIZES[options.size].rank
-        optimizer = fira = get_fira_optimizer(model, FiraConfig(rank=rank))
+        optimizer = fira = get_fira_optimizer(model, FiraConfig(rank=rank, state_dtype=state_dtype))
         if method == "fira_layerwise":
             step_in_backward(fira)
     shape = (options.batch_size, options.sequence_length)
@@ -52,10 +59,11 @@ def run_once(method: str, options: argparse.Namespace) -> dict[str, Any]:
     gc.collect()
     sizes = [p.numel() * p.element_size() for p in model.parameters()]
     return {
-        "weight_bytes": sum(sizes),
+        "weight_bytes": int8.nbytes(model.parameters()),
         "state_bytes": measure.state_bytes(optimizer),
         "first_peak_bytes": first,
         "peak_bytes": peak_bytes(step),
+        "seconds_a_step": [timed(step) for _ in range(3)],
         "largest_gradient_bytes": max(sizes),
     }
 

@@ -1,7 +1,9 @@
-"""Predicted memory beside the paper's: pre-training (cells), and fine-tuning LLaMA-7B on one GPU (llama7b).
+"""Predicted memory beside the paper's: pre-training (cells), and fine-tuning LLaMA-7B on one GPU (llama7b), with its
+linear weights in int8 (int8).
 
     python -m recipes.benchmarks.predict cells [--output docs/benchmarks/cells.json]
     python -m recipes.benchmarks.predict llama7b [--output docs/benchmarks/llama7b.json]
+    python -m recipes.benchmarks.predict int8 [--output docs/benchmarks/int8.json]
 
 By `predict_memory`, as the command `fira-hf memory`, from the models' configurations. Writes JSON with --output.
 """
@@ -9,6 +11,7 @@ By `predict_memory`, as the command `fira-hf memory`, from the models' configura
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PretrainedConfig
 
-from fira_hf.memory import MemoryEstimate, predict_memory
+from fira_hf import FiraConfig
+from fira_hf.config import LAYERWISE
+from fira_hf.memory import MemoryEstimate, build_on_meta, estimate_memory, predict_memory, switch_on_checkpointing
 from recipes.benchmarks.models import SIZES
 from recipes.benchmarks.options import write
 from recipes.commonsense.settings import RECIPE as COMMONSENSE
@@ -83,7 +88,35 @@ def llama7b() -> list[dict[str, Any]]:
     ]
 
 
-TABLES = {"cells": cells, "llama7b": llama7b}
+# What becomes of embedding and head, which AdamW trains unless they are named.
+EMBEDDINGS: dict[str, dict[str, Any]] = {
+    "AdamW": {},
+    "projected": {"target_modules": r".*_proj|lm_head", "target_parameters": ["model.embed_tokens.weight"]},
+    "frozen": {},
+}
+
+
+def int8() -> list[dict[str, Any]]:
+    """LLaMA-7B with its linear weights in int8, stepped inside backward on 1 x 256 tokens, checkpointed; in bytes."""
+    rows = []
+    for embeddings, targets in EMBEDDINGS.items():
+        model = build_on_meta(load(COMMONSENSE.experiments / "llama7b"), "int8")
+        switch_on_checkpointing(model)
+        if embeddings == "frozen":
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                layer.requires_grad_(False)
+        activations = None
+        for rank, state_dtype in itertools.product((128, 256, 512), ("float32", "bfloat16")):
+            config = FiraConfig(rank, state_dtype=state_dtype, **targets)
+            batch = (1, 256) if activations is None else (None, None)  # they are the same for all
+            one = estimate_memory(model, config, *batch, optimizer=LAYERWISE)
+            activations = one.activations = activations or one.activations
+            row = {"embeddings": embeddings, "rank": rank, "state_dtype": state_dtype}
+            rows.append({**row, **asdict(one), "total": one.total})
+    return rows
+
+
+TABLES = {"cells": cells, "llama7b": llama7b, "int8": int8}
 
 
 def main(words: list[str] | None = None) -> int:

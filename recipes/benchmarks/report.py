@@ -183,6 +183,16 @@ def llama7b_table(content: dict[str, Any]) -> str:
     return markdown([*header, "peak, 1 x 256", "peak, 4 x 256"], rows)
 
 
+def int8_table(content: dict[str, Any]) -> str:
+    rows = []
+    for row in content["rows"]:
+        parts = [row[key] for key in ("weights", "gradients", "optimizer_state", "activations", "total")]
+        name = [row["embeddings"], str(row["rank"]), row["state_dtype"]]
+        rows.append([*name, *(f"{part / 1e9:.2f}" for part in parts)])
+    header = ["embedding and head", "rank", "state in", "weights, GB", "gradient", "state", "activations", "peak"]
+    return markdown(header, rows)
+
+
 def cost_table(content: dict[str, Any]) -> str:
     reference = {row["size"]: row for row in content["rows"] if row["method"] == "AdamW, fp32 moments"}
     counts, times = [], []
@@ -251,6 +261,7 @@ TABLES = {
     "layerwise": layerwise_table,
     "cells": cells_table,
     "llama7b": llama7b_table,
+    "int8": int8_table,
     "cost": cost_table,
 }
 

@@ -22,7 +22,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from fira_hf import FiraConfig
+from fira_hf import FiraConfig, int8
 from fira_hf.memory import estimate_memory, switch_on_checkpointing
 from recipes import errors
 from recipes.benchmarks.models import SIZES
@@ -69,7 +69,10 @@ def model_config(options: argparse.Namespace) -> LlamaConfig:
 def build_model(options: argparse.Namespace, lora: bool, device: str) -> PreTrainedModel:
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM._from_config(model_config(options), dtype=getattr(torch, options.dtype))
+        dtype = torch.bfloat16 if options.dtype == "int8" else getattr(torch, options.dtype)
+        model = LlamaForCausalLM._from_config(model_config(options), dtype=dtype)
+        if options.dtype == "int8":
+            int8.quantise(model)
         if lora:  # the published adapter
             targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
             model = get_peft_model(model, LoraConfig(r=32, lora_alpha=64, lora_dropout=0.05, target_modules=targets))
