@@ -35,6 +35,7 @@ from .state import (
     rounds_weight,
     state_dtype_of,
     state_misfit,
+    updates_of_int8,
 )
 
 logger = logging.getLogger(__name__)
@@ -327,7 +328,7 @@ class FiraAdamW(torch.optim.Optimizer):
             apply_updates(views, grads, wholes, A, B, bases, decay, group["betas"][0], active, *both)
         else:
             b = B if s else None
-            apply_updates = int8.apply_updates if isinstance(views[0], int8.Int8Weight) else ops.apply_updates
+            apply_updates = updates_of_int8(ops) if isinstance(views[0], int8.Int8Weight) else ops.apply_updates
             apply_updates(views, grads, *low_rank, a, k, b, bases, decay, active, weight_seeds)
         if self.track_statistics:
             totals = F.total_norms(torch.stack([G_norms, R_norms, alpha * N_norms]), add)

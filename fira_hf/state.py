@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from . import functional as F
-from . import whole
+from . import int8, whole
 from .config import PACKED
 from .distributed import Shards, local, own_of_stack, sharded_like, shards_of
-from .int8 import is_int8, view
 
 # Matrices of one shape are taken together up to this many elements of their low-rank gradients: 4 MiB on the CPU;
 # elsewhere 32 MiB, so that starting the operations does not take longer than the operations.
@@ -364,7 +363,7 @@ def matrices_of(p: Any, states: Mapping[Any, dict[str, Any]], group: dict[str, A
     split, transposed = group["split"], group["transposed"]
     state: Any = states.get(p) or State()
     shards = shards_of(p, split, transposed)
-    weight, grad = view(local(p.detach())), local(p.grad)
+    weight, grad = int8.view(local(p.detach())), local(p.grad)
     if shards is not None:
         return [Matrix(p, state, None, 0, shards, weight, grad)]
     weights, grads = F.parts(weight, split, transposed), F.parts(grad, split, transposed)
@@ -385,7 +384,7 @@ def batches(matrices: Iterable[Matrix], rank: int) -> Iterator[list[Matrix]]:
         if p.device.type != "cpu":
             # A whole moment lies as the shape says, whichever way the weight does.
             lie = (shape[0] >= shape[1], *(matrix.tall(x).stride() for x in (matrix.weight, matrix.grad)))
-        kind = (is_int8(local(p.data)), p.dtype, p.grad.dtype, matrix.shards, lie)
+        kind = (int8.is_int8(local(p.data)), p.dtype, p.grad.dtype, matrix.shards, lie)
         alike[max(shape), min(shape), p.device, kind].append(matrix)
     for (long, short, device, _), members in alike.items():
         size = max(1, BATCH.get(device.type, BATCH_ELSEWHERE) // (long * min(rank, short)))
@@ -408,7 +407,7 @@ def rounds_state(group: dict[str, Any]) -> bool:
 
 def rounds_weight(p: Tensor, group: dict[str, Any]) -> bool:
     """Whether the weight is rounded at random; int8 always is, or most updates would be lost."""
-    return bool(group["stochastic_rounding"] and p.dtype == torch.bfloat16) or is_int8(local(p.data))
+    return bool(group["stochastic_rounding"] and p.dtype == torch.bfloat16) or int8.is_int8(local(p.data))
 
 
 def rounding_seed(state: dict[str, Any], place: int = 0, use: int = 0) -> int:
@@ -426,6 +425,15 @@ def operations_of_moments(ops: Any) -> tuple[Any, Any]:
     """What reads and what writes whole moments where `ops` are the `operations`: `project` and `apply_updates` of
     `whole`, or the kernels of these."""
     return (whole.project, whole.apply_updates) if ops is F else (ops.project_moments, ops.apply_moment_updates)
+
+
+def updates_of_int8(ops: Any) -> Any:
+    """What updates int8 weights where `ops` are the `operations`."""
+    if ops is F:
+        return int8.apply_updates
+    from . import int8_kernel
+
+    return int8_kernel.apply_updates
 
 
 @functools.cache

@@ -265,9 +265,11 @@ def test_the_committed_predictions_are_those_of_the_functions():
 
 
 def test_the_committed_predictions_of_int8_weights_are_those_of_the_function():
+    """All but the activations."""
     pytest.importorskip("torchao")
     committed = files.read_json(ROOT / "docs/benchmarks/int8.json")["rows"]
-    assert committed == predict.int8()
+    for row, found in zip(committed, predict.int8(batch_size=None), strict=True):
+        assert {**row, "activations": 0, "total": row["total"] - row["activations"]} == found
 
 
 def test_a_table_without_its_file_is_an_error(tmp_path, capsys):

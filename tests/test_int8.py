@@ -1,7 +1,9 @@
 """Weights that torchao keeps as int8: what a step reads and writes, and what training them keeps of its promises."""
 
+import contextlib
 import copy
 import gc
+import importlib.util
 import sys
 
 import pytest
@@ -14,6 +16,7 @@ from fira_hf.layerwise import step_in_backward
 from fira_hf.memory import predict_memory, switch_on_checkpointing
 from recipes import measure
 from recipes.benchmarks.memory import allocations, peak
+from test_accelerator import no_reads
 
 torchao = pytest.importorskip("torchao.prototype.quantized_training")
 SHAPES = [(96, 40), (40, 96), (48, 48)]
@@ -104,6 +107,37 @@ def test_a_step_is_that_of_the_dequantised_weight_but_for_one_rounding(shape, dt
             optimizer.step()
         assert not torch.equal(values(p), before)
         assert ((values(p) - exact.double()).abs() <= 1.0001 * p.scale.double().unsqueeze(1)).all()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("settings", [{}, {"projection": "columns"}, {"residual": "none", "alpha": 2.0}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(70, 40), (40, 70)], ids=str)
+def test_the_kernel_of_an_accelerator_does_the_same_and_leaves_the_host_alone(shape, dtype, settings, monkeypatch):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")  # of the parameter, not of the codes in it
+    device = property(lambda p: cuda if hasattr(p, "pretends") else cpu)
+    monkeypatch.setattr(torchao.Int8QuantizedTrainingLinearWeight, "device", device, raising=False)
+    p = quantised(normal(*shape, dtype=dtype))
+    p.pretends = True
+    exact = torch.nn.Parameter(values(p).float())
+    group = {"rank": 8, "refresh": "together", "update_proj_gap": 100, **settings}
+    pair = [FiraAdamW([{"params": [one], **group}], lr=1e-2, weight_decay=0.1) for one in (p, exact)]
+    off = []
+    for step in range(3):
+        exact.data.copy_(values(p))
+        p.grad = normal(*shape, seed=step + 1, dtype=dtype)
+        exact.grad = p.grad.float()
+        with no_reads() if step else contextlib.nullcontext():
+            pair[0].step()
+        pair[1].step()
+        off.append((values(p) - exact.double()) / p.scale.double().unsqueeze(1))
+    off = torch.stack(off)
+    assert off.abs().max() < 1.02  # factors of products are bf16
+    assert off.mean().abs() < 4.5 * 0.5 / off.numel() ** 0.5
+    kept = p.int_data.clone(), p.scale.clone()
+    p.grad[1, 1] = torch.nan
+    pair[0].step()
+    assert same(kept, (p.int_data, p.scale))
 
 
 @pytest.mark.parametrize("projected", [True, False])

@@ -96,21 +96,21 @@ EMBEDDINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def int8() -> list[dict[str, Any]]:
-    """LLaMA-7B with its linear weights in int8, stepped inside backward on 1 x 256 tokens, checkpointed; in bytes."""
+def int8(batch_size: int | None = 1) -> list[dict[str, Any]]:
+    """LLaMA-7B with its linear weights in int8, stepped inside backward on 256 tokens each, checkpointed; in bytes."""
     rows = []
-    for embeddings, targets in EMBEDDINGS.items():
-        model = build_on_meta(load(COMMONSENSE.experiments / "llama7b"), "int8")
-        switch_on_checkpointing(model)
+    model = build_on_meta(load(COMMONSENSE.experiments / "llama7b"), "int8")
+    switch_on_checkpointing(model)
+    for embeddings, targets in EMBEDDINGS.items():  # frozen come last
         if embeddings == "frozen":
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
                 layer.requires_grad_(False)
-        activations = None
+        activations = 0
         for rank, state_dtype in itertools.product((128, 256, 512), ("float32", "bfloat16")):
             config = FiraConfig(rank, state_dtype=state_dtype, **targets)
-            batch = (1, 256) if activations is None else (None, None)  # they are the same for all
+            batch = (None, None) if activations or batch_size is None else (batch_size, 256)
             one = estimate_memory(model, config, *batch, optimizer=LAYERWISE)
-            activations = one.activations = activations or one.activations
+            activations = one.activations = one.activations or activations  # the same for all
             row = {"embeddings": embeddings, "rank": rank, "state_dtype": state_dtype}
             rows.append({**row, **asdict(one), "total": one.total})
     return rows
