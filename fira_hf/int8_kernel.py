@@ -116,7 +116,7 @@ def _int8_update_kernel(
 INTERPRETED = isinstance(_int8_update_kernel, InterpretedFunction)
 
 
-def apply_updates(
+def apply_int8_updates(
     weights: Sequence[int8.Int8Weight],
     grads: Sequence[Tensor],
     N: Tensor,

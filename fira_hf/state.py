@@ -429,11 +429,7 @@ def operations_of_moments(ops: Any) -> tuple[Any, Any]:
 
 def updates_of_int8(ops: Any) -> Any:
     """What updates int8 weights where `ops` are the `operations`."""
-    if ops is F:
-        return int8.apply_updates
-    from . import int8_kernel
-
-    return int8_kernel.apply_updates
+    return int8.apply_updates if ops is F else ops.apply_int8_updates
 
 
 @functools.cache

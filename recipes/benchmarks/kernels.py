@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fira_hf import functional
+from fira_hf import functional, int8
 from recipes import errors
 from recipes.benchmarks import moments
 from recipes.benchmarks.cases import (
@@ -217,6 +217,47 @@ def check_rounding(ops: Any, case: Case, device: str) -> Errors:
     return found
 
 
+def check_int8_updates(has_B: bool, ops: Any, case: Case, device: str) -> Errors:
+    """Each value within a code of the exact one, with its mean; no scale cuts anything off."""
+    inputs, found = Inputs(case, device), Errors()
+    grads, bases, (long, short) = inputs.gradients(), inputs.bases(), case.shape
+    is_turned = case.layout in ("wide", "fused")
+    shape = (short, long) if is_turned else (long, short)
+    codes = [(127 * torch.tanh(inputs.random(*shape))).round().to(torch.int8) for _ in range(COUNT)]
+    scales = [(1e-3 * (1 + inputs.random(shape[0], 1).abs())).to(case.dtype) for _ in range(COUNT)]
+    weights = [int8.Int8Weight(c, s, is_turned) for c, s in zip(codes, scales, strict=True)]
+    before = [(c.clone(), s.clone()) for c, s in zip(codes, scales, strict=True)]
+
+    def value(i: int) -> Tensor:
+        found = codes[i].double() * scales[i].double()
+        return found.t() if is_turned else found
+
+    W = [value(i) for i in range(COUNT)]
+    N, R = inputs.low_rank(long), 0.1 * inputs.low_rank(long)
+    a = 0.01 * torch.arange(1.0, COUNT + 1, device=device).view(COUNT, 1, 1)
+    B, k, decay = inputs.random(COUNT, long, 1).abs(), 0.25, 0.99
+    B[OFF] = torch.nan
+    update = int8.apply_updates if ops is functional else ops.apply_int8_updates
+    update(weights, grads, N.clone(), R, a, k, B if has_B else None, bases, decay, inputs.active, [1, 2, 3])
+    B = B if has_B else torch.zeros_like(B)
+    for i in on():
+        G, Q, b = grads[i].double(), bases[i].double(), B[i].double()
+        A = a[i].double() * N[i].double() - k * b * R[i].double()
+        parts = (a[i] * N[i]).double().abs() + k * b * R[i].double().abs()
+        exact = decay * (W[i] - A @ Q.T - b * G)
+        rounding = OF_UPDATE[torch.float32 if case.dtype == torch.float32 else torch.bfloat16]
+        off = rounding * (parts @ Q.T.abs() + b * G.abs()) + FP32 * W[i].abs()
+        scale = scales[i].double().t() if is_turned else scales[i].double()
+        found.add("W", value(i), exact, scale + off)
+        largest = (exact.abs() - off).amax(dim=0 if is_turned else 1, keepdim=True)
+        found.put("scale", 0.0, (largest / (127 * scale)).max().item())
+        mean, error = ((value(i) - exact) / scale).mean().abs().item(), 0.5 / exact.numel() ** 0.5
+        found.put("mean", mean, mean / (STANDARD_ERRORS * error + (off / scale).mean().item()))
+    for old, new in zip(before[OFF], (codes[OFF], scales[OFF]), strict=True):
+        found.same("not active", new, old)
+    return found
+
+
 CHECKS: dict[str, tuple[str, Callable[[Any, Case, str], Errors]]] = {  # check -> the function, and how
     "project": ("project", functools.partial(check_project, False)),
     "project, columns": ("project", functools.partial(check_project, True)),
@@ -238,6 +279,8 @@ CHECKS: dict[str, tuple[str, Callable[[Any, Case, str], Errors]]] = {  # check -
     "apply_updates, without R": ("apply_updates", functools.partial(check_apply_updates, False, True, False)),
     "apply_updates, columns": ("apply_updates", functools.partial(check_apply_updates, True, True, True)),
     "apply_updates, low-rank": ("apply_updates", functools.partial(check_apply_updates, True, False, False)),
+    "int8 updates": ("apply_int8_updates", functools.partial(check_int8_updates, True)),
+    "int8 updates, low-rank": ("apply_int8_updates", functools.partial(check_int8_updates, False)),
     "apply_updates, columns alone": ("apply_updates", functools.partial(check_apply_updates, True, False, True)),
 }
 
@@ -255,7 +298,7 @@ def run(check: str, kernels: Any, axes: tuple[tuple[Any, ...], ...], device: str
             break
         row: dict[str, Any] = {}
         for label, ops in (("kernel", kernels), ("torch", functional)):
-            if not hasattr(ops, name) and not (ops is functional and "moment" in name):
+            if not hasattr(ops, name) and not (ops is functional and ("moment" in name or "int8" in name)):
                 continue
             try:
                 row[label] = function(ops, case, device).found

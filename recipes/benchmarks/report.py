@@ -255,6 +255,7 @@ TABLES = {
     "train": train_table,
     "quality": quality.table,
     "candidates": quality.table,
+    "weights": quality.table,
     "sharded": bytes_table,
     "refresh": refresh_table,
     "scaling": scaling_table,
