@@ -92,8 +92,8 @@ def check_weight(p: Tensor, group: dict[str, Any]) -> None:
         )
     if group["residual"] == "moment" and is_int8(local(p.data)):
         raise ValueError(
-            f"Parameter group: residual='moment' trains no int8 weights, but {name_of(p, group)} is one: leave the "
-            "preset subspace-muon out, or the weight unquantised (filter_fn of quantize_)."
+            f"Parameter group: residual='moment' trains no int8 weights, but {name_of(p, group)} is one: leave "
+            "that setting or preset out, or the weight unquantised (filter_fn of quantize_)."
         )
     is_packed = group["residual"] == "moment" and group["state_dtype"] in PACKED
     if is_packed and group["transposed"] and group["split"] > 1 and p.shape[-1] // group["split"] % GROUP:
