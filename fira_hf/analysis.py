@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from . import functional as F
+from .codes import FIRST, is_coded, negligible, value
 
 # The residual's norm is computed again here, in another order of sums: a factor so close to 1 is no limit. Nor is one
-# within an ulp of the moments where they are stored in bf16, since the step had them before they were rounded.
+# within an ulp of the moments where they are stored in less than fp32: the step had them before they were rounded.
 ROUNDING = 1e-5
 
 
@@ -97,10 +98,10 @@ def measure(p: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], trans
     nan = G.new_full((), torch.nan, dtype=torch.float32)
     if "exp_avg" not in state:
         return Measurement(nan.expand(len(G)), nan, nan, nan, nan)
-    N = state["exp_avg"].float() / (state["exp_avg_sq"].float().sqrt() + group["eps"])
+    N = value(state, "exp_avg") / (value(state, "exp_avg_sq").sqrt() + group["eps"])
     G_norms = F.row_norms(G)
     if "basis" in state:
-        Q = state["basis"].float()
+        Q = value(state, "basis")
         R_norms = F.row_norms(F.product(G, Q, Q.new_empty(len(G), Q.shape[1])))
         N_norms = F.row_norms(N)
     else:
@@ -110,11 +111,13 @@ def measure(p: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], trans
     residual, limiter = nan, nan
     if "basis" in state:
         k = group["alpha"] if group["residual"] == "reference" else 1.0
-        norm = F.residual_norm(F.residual_scale(N_norms, R_norms, group["scaling"]), G_norms, R_norms, k)
+        phi = F.residual_scale(N_norms, R_norms, group["scaling"])
+        norm = F.residual_norm(phi, G_norms, R_norms, k, negligible=negligible(state))
         residual = state["residual_norm"]
         # The state keeps what the limiter left. An infinite norm is a negligible residual, which it leaves alone.
         factor = torch.where(torch.isfinite(norm), residual / norm, 1.0).view(())
-        rounding = max(ROUNDING, torch.finfo(state["exp_avg"].dtype).eps)
+        ulp = 2.0**-FIRST.bits if is_coded(state, "exp_avg") else torch.finfo(state["exp_avg"].dtype).eps
+        rounding = max(ROUNDING, ulp)
         limiter = torch.where((factor - 1).abs() < rounding, 1.0, factor)
     usable = F.are_usable(G_norms[None])[0]
     values = (matrix[0, 0], (inside / whole).square().view(()), residual, limiter)

@@ -41,7 +41,7 @@ PRESETS = {
 WRAPPERS = re.compile(r"(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
 PREFIXES = re.compile(r"^(?:module\.|base_model\.model\.)+")
 
-# state_dtype of a moment as codes with scales; what else a state holds is then bfloat16.
+# state_dtype of moments as codes with scales ("int8": bases, too); what else a state holds is then bfloat16.
 PACKED = ("int8", "int4")
 # What residual="moment" needs: rows of one norm, a moment that is in no basis, a basis of what is largest of it.
 MOMENT_NEEDS = {"base_optimizer": "muon", "scaling": "column", "moments": "rotated", "projection": "power"}
@@ -212,10 +212,10 @@ def check_update(settings: Mapping[str, Any]) -> None:
                 f"{name}={settings[name]!r} does not go with residual='moment', which takes {name}={value!r}: leave "
                 "it out, or choose another residual."
             )
-    if residual != "moment" and settings["state_dtype"] in PACKED:
+    if residual != "moment" and settings["state_dtype"] == "int4":
         raise ValueError(
-            f"state_dtype={settings['state_dtype']!r} is for the whole moment of residual='moment', not for "
-            f"residual={residual!r}: set state_dtype='bfloat16', or take the preset subspace-muon."
+            f"state_dtype='int4' is for the whole moment of residual='moment', not for residual={residual!r}: set "
+            "state_dtype='int8', or take the preset subspace-muon."
         )
     if projection == "columns" and moments == "aligned":
         raise ValueError(

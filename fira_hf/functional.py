@@ -323,7 +323,9 @@ def residual_scale(N_norms: Tensor, R_norms: Tensor, scaling: str, add: Add = No
     return N_norms / (R_norms + EPS)
 
 
-def residual_norm(phi: Tensor, G_norms: Tensor, R_norms: Tensor, k: float, add: Add = None) -> Tensor:
+def residual_norm(
+    phi: Tensor, G_norms: Tensor, R_norms: Tensor, k: float, add: Add = None, negligible: float = NEGLIGIBLE
+) -> Tensor:
     """||S|| of S = phi (G - k R Q^T) in closed form, (B, 1, 1); infinite where S is negligible beside phi G.
 
     phi, G_norms, R_norms: (B, long, 1). The subtraction can come out below zero where nearly all of G lies in the
@@ -331,7 +333,7 @@ def residual_norm(phi: Tensor, G_norms: Tensor, R_norms: Tensor, k: float, add: 
     """
     left = (G_norms.square() - k * (2 - k) * R_norms.square()).clamp_(min=0).sqrt_()
     norm, whole = total_norms(torch.stack([phi * left, phi * G_norms]), add)
-    return torch.where(norm > NEGLIGIBLE * whole, norm, torch.inf)
+    return torch.where(norm > negligible * whole, norm, torch.inf)
 
 
 def limit(norm: Tensor, previous: Tensor, gamma: float | None, limiter: str = "growth") -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from . import functional as F
 from . import int8, whole
 from .checkpoint import check_checkpoint, pairs
+from .codes import is_coded, negligible
 from .config import FiraConfig
 from .distributed import agree, local, sharded_like, shards_of
 from .groups import check_group, check_weight, name_of, name_parameters
@@ -24,18 +25,21 @@ from .state import (
     batches,
     create_state,
     first_states,
+    has_basis,
     is_whole,
     loaded_state,
     matrices_of,
     misfit,
     operations,
     operations_of_moments,
+    read,
     rounding_seed,
     rounds_state,
     rounds_weight,
     state_dtype_of,
     state_misfit,
     updates_of_int8,
+    write,
 )
 
 logger = logging.getLogger(__name__)
@@ -242,8 +246,8 @@ class FiraAdamW(torch.optim.Optimizer):
         add = shards.add if shards else None
         ops = operations(matrices[0].parameter)
         grads = [matrix.tall(matrix.grad) for matrix in matrices]
-        bases = [matrix.basis(group) for matrix in matrices]
         long, short = max(matrices[0].shape), min(matrices[0].shape)
+        bases: Any = read(matrices, "basis") if has_basis(group, short) else [m.columns(group) for m in matrices]
         if shards:
             bases = [shards.own_columns(Q, short) for Q in bases]
         wholes = [matrix.whole_moment(group) for matrix in matrices] if is_whole(group) else []
@@ -288,11 +292,14 @@ class FiraAdamW(torch.optim.Optimizer):
             N, N_norms = whole.equal_rows(F.orthogonalized(R, add), long)
             R_norms = F.row_norms(R)
         else:
-            moments = [[matrix[name] for matrix in matrices] for name in F.MOMENTS[base]]
+            moments = [read(matrices, name) for name in F.MOMENTS[base]]
             seeds = None
             if rounds_state(group):
                 seeds = [[matrix.rounding_seed(OF_MOMENTS + i) for matrix in matrices] for i in range(len(moments))]
             N, R_norms, N_norms = ops.direction(base, R, moments, group["betas"], group["eps"], active, seeds, add)
+            for i, name in enumerate(F.MOMENTS[base]):
+                if is_coded(matrices[0].state, name):
+                    write(matrices, name, moments[i], active, seeds[i] if seeds else None)
 
         # (s, k) of `functional`: how alpha enters the residual.
         alpha = group["alpha"]
@@ -304,7 +311,7 @@ class FiraAdamW(torch.optim.Optimizer):
             norm = F.total_norms(left, add)
         else:
             phi = F.residual_scale(N_norms, R_norms, group["scaling"], add)
-            norm = F.residual_norm(phi, G_norms, R_norms, k, add)
+            norm = F.residual_norm(phi, G_norms, R_norms, k, add, negligible(matrices[0].state))
         histories = [matrix["residual_norm"] for matrix in matrices]
         previous = torch.stack(histories).view(-1, 1, 1)
         c, limited_norm = F.limit(norm, previous, group["gamma"], group["limiter"])

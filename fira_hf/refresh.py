@@ -21,6 +21,7 @@ from .state import (
     low_rank_moments,
     operations,
     operations_of_moments,
+    read,
     rounds_state,
     seed_of,
 )
@@ -59,7 +60,7 @@ def refresh(
     sharded = {matrix: matrix.shards for matrix in due if matrix.shards is not None}
     for matrix, shards in sharded.items():
         method, wait, seed = due.pop(matrix)
-        previous = matrix["basis"].float() if matrix.begun else None
+        previous = matrix.read("basis").float() if matrix.begun else None
         G = matrix.tall(matrix.refreshed_from(group))
         _take(matrix, shards.find_basis(G, matrix.shape, rank, method, previous, seed), wait, group)
     owner = dict(zip(due, owners([matrix.weight.numel() for matrix in due], process_group), strict=True))
@@ -67,7 +68,7 @@ def refresh(
     for method in sorted({method for method, _, _ in due.values()}):
         chosen = (matrix for matrix in due if due[matrix][0] == method and is_own(owner[matrix], process_group))
         for batch in batches(chosen, rank):
-            previous = [matrix["basis"].float() if matrix.begun else None for matrix in batch]
+            previous = [matrix.read("basis").float() if matrix.begun else None for matrix in batch]
             grads = [matrix.refreshed_from(group) for matrix in batch]
             batch_seeds = [due[matrix][2] for matrix in batch]
             bases = dict(zip(batch, find_bases(grads, rank, method, previous, batch_seeds), strict=True))
@@ -127,7 +128,7 @@ def _refine(due: list[Matrix], group: dict[str, Any], process_group: ProcessGrou
             grads = [matrix.tall(matrix.grad) for matrix in batch]
         else:
             grads = [matrix.tall(matrix.refreshed_from(group)) for matrix in batch]
-        previous = [matrix["basis"] for matrix in batch]
+        previous = read(batch, "basis")
         seeds = [seed_of(matrix.state, matrix.place, matrix.state["calls"]) for matrix in batch]
         if shards:
             each = zip(grads, previous, seeds, strict=True)
@@ -138,7 +139,7 @@ def _refine(due: list[Matrix], group: dict[str, Any], process_group: ProcessGrou
     for matrix in due:
         if process_group is not None and not matrix.shards:
             Q = torch.where(found[matrix][1], found[matrix][0], torch.nan) if matrix in found else None
-            Q = broadcast(Q, matrix["basis"].float(), owner[matrix], process_group)
+            Q = broadcast(Q, matrix.read("basis").float(), owner[matrix], process_group)
             found[matrix] = Q, ~Q[0, 0].isnan()
         _change_basis(matrix, *found.pop(matrix), group)
 
@@ -178,20 +179,19 @@ def _take(matrix: Matrix, Q: Tensor | None, wait: int, group: dict[str, Any]) ->
 
 def _change_basis(matrix: Matrix, Q: Tensor, good: Tensor | None, group: dict[str, Any]) -> None:
     """`good`: a 0-dim bool on the device; where it is False, everything stays as it is. None: it is."""
-    before = matrix["basis"].float()
-    if good is not None:
-        Q = torch.where(good, Q, before)
+    before = matrix.read("basis").float()
     if is_whole(group):
         pass  # its moment is in no basis
     elif group["moments"] == "aligned":
+        Q = Q if good is None else torch.where(good, Q, before)  # what is not finite cannot be decomposed
         Q = Q @ nearest_rotation(Q.t() @ before)
     elif group["moments"] == "rotated":
         C = before.t() @ Q
         b1, b2 = (F.bias_correction(beta, matrix["step"]) for beta in group["betas"])
-        stored = [matrix[name] for name in low_rank_moments(group)]
-        moments = [moment.float() if good is None else moment.to(torch.float32, copy=True) for moment in stored]
+        names, copies = low_rank_moments(group), good is not None
+        moments = [matrix.read(name).to(torch.float32, copy=copies) for name in names]
         F.rotate_moments(group["base_optimizer"], moments, C, b2 / b1.square())
-        for use, (old, new) in enumerate(zip(stored, moments, strict=True)):
+        for use, (name, moment) in enumerate(zip(names, moments, strict=True)):
             seed = matrix.rounding_seed(use + OF_REFRESH) if rounds_state(group) else None
-            F.store(old, new if good is None else torch.where(good, new, old), F.generator(old, seed))
-    matrix["basis"].copy_(Q)
+            matrix.write(name, moment, good, seed)
+    matrix.write("basis", Q, good)

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from . import functional as F
 from . import int8, whole
+from .codes import CODES, SCALE, decode, encode, groups, is_coded
 from .config import PACKED
 from .distributed import Shards, local, own_of_stack, sharded_like, shards_of
 
@@ -132,6 +133,11 @@ def _kept_tensors(shape: tuple[int, ...], *of_group: Any) -> dict[str, Kept]:
         kept[name] = Kept((*stack, long if rows else 1, r if columns else 1), dtype, "long" if rows else "")
     if has_basis(group, short):
         kept["basis"] = Kept((*stack, short, r), dtype)
+    if group["state_dtype"] == "int8" and not is_whole(group):
+        for name in [name for name in CODES if name in kept]:
+            (*outer, _), along = kept[name].shape, kept[name].along
+            kept[name] = Kept((*outer, r), CODES[name].dtype, along)
+            kept[name + SCALE] = Kept((*outer, groups(r)), torch.bfloat16, along)
     return {**kept, "step": Kept(stack, torch.float32), "residual_norm": Kept(stack, torch.float32)}
 
 
@@ -149,7 +155,7 @@ def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> State:
             shape = (rows.stop - rows.start, *shape[1:])
         # Codes of zero are those of any scale: it is zero.
         part = torch.full(shape, torch.inf if name == "residual_norm" else 0, dtype=kept.dtype, device=device)
-        part = F.column_major(part) if name == "basis" else part
+        part = F.column_major(part) if name == "basis" and kept.dtype.is_floating_point else part
         state[name] = sharded_like(p, part, kept.shape) if p.ndim == 3 or kept.along else part
         if name == "step" and kept.shape:
             state.refresh_in = [None] * kept.shape[0]
@@ -161,7 +167,8 @@ def loaded_state(p: Any, saved: dict[str, Any]) -> dict[str, Any]:
     device, state = local(p.data).device, State()
     for name, value in saved.items():
         if isinstance(value, Tensor):
-            value = F.column_major(value.to(device)) if name == "basis" else value.to(device, copy=True).contiguous()
+            is_basis = name == "basis" and value.is_floating_point()  # and no codes, which are decoded
+            value = F.column_major(value.to(device)) if is_basis else value.to(device, copy=True).contiguous()
         state[name] = value
     if "residual_norm" in state:
         state.refresh_in = _refresh_in(p, saved)
@@ -298,12 +305,9 @@ class Matrix:
         """Where calls count, and not updates: whether this one is that of a refresh."""
         return bool((self.state["calls"] - self.phase(group)) % group["update_proj_gap"] == 0)
 
-    def basis(self, group: dict[str, Any]) -> F.Basis:
-        """The basis (short, r), or the columns of the short side that are the subspace now."""
+    def columns(self, group: dict[str, Any]) -> range:
+        """Where there is no basis, the columns of the short side that are the subspace now."""
         short = min(self.shape)
-        if has_basis(group, short):
-            Q: Tensor = self["basis"]
-            return Q
         rank = min(group["rank"], short)
         changes = 1 + (self.state["calls"] - self.phase(group)) // group["update_proj_gap"]
         order = _order(-(-short // rank), seed_of(self.state, self.place))
@@ -323,16 +327,25 @@ class Matrix:
             self.state.refresh_in = new.refresh_in
         self.refresh_in = 0
         if Q is not None:
-            self["basis"].copy_(Q)
+            self.write("basis", Q)
 
     def forget(self, group: dict[str, Any]) -> None:
         """Sets the moments to zero, and the count of updates by which their bias is corrected."""
         for name in (*low_rank_moments(group), "step"):
-            self[name].zero_()
+            self[name].zero_()  # codes of zero are zero, whatever their scale
 
     def rounding_seed(self, use: int = 0) -> int:
         """The seed of one rounding in this step; `use` tells apart what is rounded within it."""
         return rounding_seed(self.state, self.place, use)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the state as it is kept, or a copy in fp32 of one that is kept as codes."""
+        return read([self], name)[0]
+
+    def write(self, name: str, value: Tensor, active: Tensor | None = None, seed: int | None = None) -> None:
+        """See `write`, of one matrix; `active`: 0-dim bool."""
+        on = None if active is None else active.view(1)
+        write([self], name, [value], on, None if seed is None else [seed])
 
     def __getitem__(self, name: str) -> Any:
         value = local(self.state[name])
@@ -349,6 +362,38 @@ class Matrix:
             self.state.refresh_in[self.place] = value
         else:
             self.state.refresh_in = value
+
+
+def read(matrices: Sequence[Matrix], name: str) -> list[Tensor]:
+    """Of each matrix a tensor of its state as it is kept, or a copy in fp32 of one that is kept as codes."""
+    stored = [matrix[name] for matrix in matrices]
+    if not is_coded(matrices[0].state, name):
+        return stored
+    scales = torch.stack([matrix[name + SCALE] for matrix in matrices])
+    return list(decode(torch.stack(stored), scales, CODES[name]))
+
+
+def write(
+    matrices: Sequence[Matrix],
+    name: str,
+    values: Sequence[Tensor],
+    active: Tensor | None = None,
+    seeds: Sequence[int] | None = None,
+) -> None:
+    """Stores fp32 values, which may be changed, rounded at random where there are seeds, one for each matrix.
+
+    `active`: (B,) bool on the device; where it is False everything stays.
+    """
+    stored = [matrix[name] for matrix in matrices]
+    if not is_coded(matrices[0].state, name):
+        for i, (old, new) in enumerate(zip(stored, values, strict=True)):
+            draws = F.generator(old, seeds[i] if seeds else None)
+            F.store(old, new if active is None else torch.where(active[i], new, old), draws)
+        return
+    both = (stored, [matrix[name + SCALE] for matrix in matrices])
+    for olds, coded in zip(both, encode(torch.stack(list(values)), CODES[name], seeds), strict=True):
+        new = coded if active is None else torch.where(active.view(-1, 1, 1), coded, torch.stack(olds))
+        torch._foreach_copy_(olds, list(new))
 
 
 @functools.cache

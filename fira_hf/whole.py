@@ -48,9 +48,7 @@ def encode(values: Tensor, bits: int, draws: torch.Generator | None = None) -> t
     most, n = 2 ** (bits - 1) - 1, values.shape[-1]
     values = torch.nn.functional.pad(values, (0, -n % GROUP)) if n % GROUP else values
     values = values.unflatten(-1, (-1, GROUP))
-    scales = torch.linalg.vector_norm(values, torch.inf, -1).div_(most).clamp_(min=F.TINY)
-    # To the next bf16 above: cut off, the largest of a group would lose a part of itself at every step.
-    scales = scales.view(torch.int32).add_(2**16 - 1).bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
+    scales = scales_above(torch.linalg.vector_norm(values, torch.inf, -1).div_(most))
     codes = values / scales.float().unsqueeze(-1)
     if draws is None:
         codes = codes.round_()
@@ -61,6 +59,13 @@ def encode(values: Tensor, bits: int, draws: torch.Generator | None = None) -> t
         return codes.to(torch.int8).flatten(-2), scales
     low, high = codes.add_(8).to(torch.uint8).chunk(2, dim=-1)
     return high.bitwise_left_shift(4).bitwise_or_(low).flatten(-2), scales
+
+
+def scales_above(sizes: Tensor) -> Tensor:
+    """The next bf16 at or above, of fp32 that may be changed: cut off, the largest of a group would lose a part of
+    itself at every step. Never zero."""
+    bits = sizes.clamp_(min=F.TINY).view(torch.int32)
+    return bits.add_(2**16 - 1).bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
 
 
 def _uniform(like: Tensor, draws: torch.Generator) -> Tensor:
