@@ -19,7 +19,7 @@ SETTINGS = [{}, {"scaling": "matrix"}, {"scaling": "none"}, {"gamma": None}, {"r
 SETTINGS += [{"base_optimizer": "lion"}, {"base_optimizer": "adafactor"}]
 SETTINGS += [{"base_optimizer": "muon", "projection": "columns", "moments": "rotated"}]
 WHOLE = {"base_optimizer": "muon", "residual": "moment", "projection": "power", "moments": "rotated"}
-SETTINGS += [WHOLE, {**WHOLE, "state_dtype": "int4"}]
+SETTINGS += [WHOLE, {**WHOLE, "state_dtype": "int4"}, {"state_dtype": "int8"}]
 
 
 class Pretended(torch.nn.Parameter):

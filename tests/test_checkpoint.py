@@ -189,7 +189,9 @@ def test_hooks_of_one_call_do_not_stay():
 
 
 @pytest.mark.parametrize("wrap", ["plain", "compiled", "compiled inside"])
-@pytest.mark.parametrize("base_optimizer", ["adamw", "lion", "adafactor", "muon", "muon of a moment in 4 bits"])
+@pytest.mark.parametrize(
+    "base_optimizer", ["adamw", "lion", "adafactor", "muon", "muon of a moment in 4 bits", "adamw in int8"]
+)
 @pytest.mark.parametrize("cpu_offload", [True, False])
 @pytest.mark.parametrize("flatten", [True, False])  # flattened and full at once torch cannot load, of AdamW either
 def test_every_state_goes_through_the_forms_of_torch_distributed(flatten, cpu_offload, base_optimizer, wrap):
@@ -201,6 +203,8 @@ def test_every_state_goes_through_the_forms_of_torch_distributed(flatten, cpu_of
     config.base_optimizer = base_optimizer.split()[0]
     if base_optimizer.endswith("bits"):
         config.residual, config.state_dtype = "moment", "int4"
+    if base_optimizer.endswith("int8"):
+        config.state_dtype = "int8"
     net, fresh = WRAPS[wrap](Net()), Net()
     optimizer, other = (get_fira_optimizer(model, config) for model in (net, fresh))
     for p in net.parameters():

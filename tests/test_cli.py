@@ -53,6 +53,8 @@ def test_the_options_reach_the_prediction(folder, capsys):
 
     assert total("fira", "--dtype", "float32")["weights"] == 2 * total("fira")["weights"]
     assert total("fira", "--state_dtype", "bfloat16")["optimizer_state"] < total("fira")["optimizer_state"]
+    of_dtypes = [total("fira", "--state_dtype", dtype)["optimizer_state"] for dtype in ("bfloat16", "int8")]
+    assert of_dtypes[1] < of_dtypes[0]
     assert total("fira", "--base_optimizer", "lion")["optimizer_state"] < total("fira")["optimizer_state"]
     assert total("fira", "--target_modules", "q_proj")["optimizer_state"] > total("fira")["optimizer_state"]
     assert total("lora", "--lora_rank", "8")["gradients"] == 2 * total("lora")["gradients"]

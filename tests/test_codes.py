@@ -182,22 +182,20 @@ def test_the_state_is_at_most_three_tenths_of_that_in_fp32(rank):
     assert found[0] <= 0.3 * found[1]
 
 
-@pytest.mark.parametrize(
-    ("bad", "device"), [(0.0, "cpu"), (math.nan, "cpu"), (1e30, "cpu"), (0.0, "pretended"), (math.nan, "pretended")]
-)
+@pytest.mark.parametrize(("bad", "device"), [(0.0, "cpu"), (math.nan, "cpu"), (1e30, "cpu"), (math.nan, "pretended")])
 def test_a_bad_gradient_leaves_every_code_and_nothing_is_read_by_the_host(bad, device):
-    """Of 1e30 the square is not in fp32. At calls 5 and 10 a basis is due."""
+    """Of 1e30 the square is not in fp32. At calls 3 and 6 a basis is due."""
     start = weight((40, 24)).detach()
     p = Pretended(start) if device == "pretended" else nn.Parameter(start)
-    optimizer = optimizer_of(p, refresh="together")
-    sequence = gradients((40, 24), 12)
+    optimizer = optimizer_of(p, refresh="together", update_proj_gap=3)
+    sequence = gradients((40, 24), 8)
     train(optimizer, p, sequence[:1])
     for t, gradient in enumerate(sequence[1:], 1):
         before = {"weight": torch.Tensor(p.detach()).clone(), **tensors(optimizer.state[p])}
         with no_reads() if device == "pretended" else torch.enable_grad():
-            train(optimizer, p, [spoiled(gradient, bad) if t in (3, 5, 10) else gradient])
+            train(optimizer, p, [spoiled(gradient, bad) if t in (2, 3, 6) else gradient])
         after = {"weight": torch.Tensor(p.detach()), **tensors(optimizer.state[p])}
-        assert all(torch.equal(after[name], tensor) for name, tensor in before.items()) == (t in (3, 5, 10)), t
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items()) == (t in (2, 3, 6)), t
     assert p.isfinite().all()
 
 

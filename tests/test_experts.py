@@ -34,6 +34,7 @@ SETTINGS = {
     "4 bits": {**WHOLE, "state_dtype": "int4"},
     "random": {"projection": "random", "scaling": "matrix", "residual": "paper"},
     "bf16 state": {"state_dtype": "bfloat16"},
+    "8 bits": {"projection": "power", "moments": "rotated", "state_dtype": "int8"},
     "rounded at random": {"stochastic_rounding": True},
 }
 

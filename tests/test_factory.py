@@ -180,7 +180,7 @@ def test_the_estimate_is_what_fira_holds(build, settings, dtype):
     assert estimate.optimizer_state == bytes_held(optimizer)
 
 
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize(
     ("build", "pattern"),
     [(build_gpt2, {"c_attn": 3, "c_fc": 2}), (build_mixtral, {"gate_up_proj": 2}), (build_mixtral, {"q_proj": 4})],

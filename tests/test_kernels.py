@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(
 SHAPES = [(70, 40), (40, 70)]
 SETTINGS = [{}, {"base_optimizer": "lion"}, {"base_optimizer": "adafactor"}, {"projection": "columns"}]
 SETTINGS += [{"base_optimizer": "muon"}, {"projection": "columns", "base_optimizer": "muon"}]
+SETTINGS += [{"state_dtype": "int8"}]
 WHOLE = [
     {"base_optimizer": "muon", "residual": "moment", "state_dtype": dtype}
     for dtype in ("float32", "bfloat16", "int8", "int4")

@@ -146,6 +146,18 @@ def test_a_whole_moment_in_every_dtype(state_dtype):
     assert estimate_memory(model, config).optimizer_state == measure.state_bytes(optimizer)
 
 
+@pytest.mark.parametrize("settings", [{}, {"base_optimizer": "adafactor"}, {"projection": "columns"}], ids=str)
+@pytest.mark.parametrize("rank", [4, 40])
+def test_moments_and_bases_in_codes(rank, settings):
+    """Ranks that are no multiple of a group of codes, and one beyond some of the short sides."""
+    model, config = build_llama(), FiraConfig(rank=rank, state_dtype="int8", **settings)
+    optimizer = get_fira_optimizer(model, config)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert estimate_memory(model, config).optimizer_state == measure.state_bytes(optimizer)
+
+
 @pytest.mark.parametrize("base", ["lion", "adafactor", "muon"])
 def test_the_state_of_other_base_optimizers(base):
     """Of projected weights a moment, with Adafactor a number for each row and column beside it; the rest as ever."""

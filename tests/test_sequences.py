@@ -25,7 +25,11 @@ SETTINGS = [
     {"projection": "random"},
     {"projection": "columns"},
 ]
-SETTINGS += [{"state_dtype": "bfloat16", "stochastic_rounding": True}, {"refresh": "together", "moments": "aligned"}]
+SETTINGS += [
+    {"state_dtype": "bfloat16", "stochastic_rounding": True},
+    {"state_dtype": "int8"},
+    {"refresh": "together", "moments": "aligned"},
+]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
