@@ -30,6 +30,9 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from . import factors
 from . import functional as F
+from .code_kernels import decode as decode
+from .code_kernels import direction_of_codes as direction_of_codes
+from .code_kernels import encode as encode
 from .factors import DTYPES, about_moments, addresses_of, are_aligned, table_of
 from .int8_kernel import apply_int8_updates as apply_int8_updates
 from .tiles import dot, draws, looked_ahead, pointer, read_moment, read_scales, rounded, rounded_by, write_moment

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from . import functional as F
 from . import int8, whole
 from .checkpoint import check_checkpoint, pairs
-from .codes import is_coded, negligible
+from .codes import negligible
 from .config import FiraConfig
 from .distributed import agree, local, sharded_like, shards_of
 from .groups import check_group, check_weight, name_of, name_parameters
@@ -38,8 +38,8 @@ from .state import (
     rounds_weight,
     state_dtype_of,
     state_misfit,
+    update_moments,
     updates_of_int8,
-    write,
 )
 
 logger = logging.getLogger(__name__)
@@ -292,14 +292,7 @@ class FiraAdamW(torch.optim.Optimizer):
             N, N_norms = whole.equal_rows(F.orthogonalized(R, add), long)
             R_norms = F.row_norms(R)
         else:
-            moments = [read(matrices, name) for name in F.MOMENTS[base]]
-            seeds = None
-            if rounds_state(group):
-                seeds = [[matrix.rounding_seed(OF_MOMENTS + i) for matrix in matrices] for i in range(len(moments))]
-            N, R_norms, N_norms = ops.direction(base, R, moments, group["betas"], group["eps"], active, seeds, add)
-            for i, name in enumerate(F.MOMENTS[base]):
-                if is_coded(matrices[0].state, name):
-                    write(matrices, name, moments[i], active, seeds[i] if seeds else None)
+            N, R_norms, N_norms = update_moments(matrices, group, R, active, add)
 
         # (s, k) of `functional`: how alpha enters the residual.
         alpha = group["alpha"]

@@ -369,8 +369,10 @@ def read(matrices: Sequence[Matrix], name: str) -> list[Tensor]:
     stored = [matrix[name] for matrix in matrices]
     if not is_coded(matrices[0].state, name):
         return stored
-    scales = torch.stack([matrix[name + SCALE] for matrix in matrices])
-    return list(decode(torch.stack(stored), scales, CODES[name]))
+    scales, ops = [matrix[name + SCALE] for matrix in matrices], operations(matrices[0].parameter)
+    if ops is F:
+        return list(decode(torch.stack(stored), torch.stack(scales), CODES[name]))
+    return list(ops.decode(stored, scales, CODES[name]))
 
 
 def write(
@@ -390,10 +392,36 @@ def write(
             draws = F.generator(old, seeds[i] if seeds else None)
             F.store(old, new if active is None else torch.where(active[i], new, old), draws)
         return
-    both = (stored, [matrix[name + SCALE] for matrix in matrices])
-    for olds, coded in zip(both, encode(torch.stack(list(values)), CODES[name], seeds), strict=True):
+    scales, ops = [matrix[name + SCALE] for matrix in matrices], operations(matrices[0].parameter)
+    if ops is not F:
+        ops.encode(torch.stack(list(values)), stored, scales, CODES[name], active, seeds)
+        return
+    both = zip((stored, scales), encode(torch.stack(list(values)), CODES[name], seeds), strict=True)
+    for olds, coded in both:
         new = coded if active is None else torch.where(active.view(-1, 1, 1), coded, torch.stack(olds))
         torch._foreach_copy_(olds, list(new))
+
+
+def update_moments(
+    matrices: Sequence[Matrix], group: dict[str, Any], R: Tensor, active: Tensor | None, add: F.Add
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`functional.direction` of matrices of one shape, whose low-rank moments are updated as they are kept."""
+    base, state, ops = group["base_optimizer"], matrices[0].state, operations(matrices[0].parameter)
+    names, seeds = list(F.MOMENTS[base]), None
+    if rounds_state(group):
+        seeds = [[matrix.rounding_seed(OF_MOMENTS + i) for matrix in matrices] for i in range(len(names))]
+    settings = (group["betas"], group["eps"], active, seeds, add)
+    found: tuple[Tensor, Tensor, Tensor]
+    if is_coded(state, "exp_avg") and ops is not F and base != "adafactor":
+        of_codes = [([m[name] for m in matrices], [m[name + SCALE] for m in matrices]) for name in names]
+        found = ops.direction_of_codes(base, R, of_codes, *settings)
+        return found
+    moments = [read(matrices, name) for name in names]
+    found = ops.direction(base, R, moments, *settings)
+    for i, name in enumerate(names):
+        if is_coded(state, name):
+            write(matrices, name, moments[i], active, seeds[i] if seeds else None)
+    return found
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import torch
 
 import fira_hf.state
 from conftest import ROOT, run_quietly
-from fira_hf import PUBLISHED, FiraAdamW, whole
+from fira_hf import PUBLISHED, FiraAdamW, codes, whole
 from fira_hf import functional as F
 from fira_hf.layerwise import step_in_backward
 from recipes.benchmarks import kernels as checks
@@ -59,18 +59,19 @@ def test_what_makes_a_step_is_chosen_in_one_place(kernels):
 
 COMPILES = """
 import itertools
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fira_hf import factors, kernels
+from fira_hf import code_kernels, codes, factors, kernels
 
 INTEGERS = ("long", "short", "rank", "size", "pitch", "q_part", "outer", "inner", "width", "column")
 POINTERS = {"table": "*i64", "active": "*i1", "finite": "*i1"}
 NUMBERS = ("b1", "b2", "c1", "c2", "eps", "k", "decay", "lr", "beta", "ahead", "share")
 
 def compiled(kernel, capability, warps, stages, **constants):
-    constants |= {"INTERPRETED": False}
+    constants |= {"INTERPRETED": False} if "INTERPRETED" in kernel.arg_names else {}
     constants |= dict.fromkeys({"w_col", "g_col", "q_row"} & set(kernel.arg_names), 1)
     def kind(name):
         if name in constants:
@@ -121,6 +122,14 @@ for capability, dtype in itertools.product((80, 90), (tl.bfloat16, tl.float32)):
     compiled(kernels._adamw_kernel, capability, 4, 3, **dense)
     compiled(factors._factor_kernel, capability, 4, 3, **tile, PARTS=parts, HAS_TABLE=True, **no_sum)
     compiled(factors._factor_kernel, capability, 4, 3, **tile, PARTS=1, HAS_TABLE=False, HAS_SCALE=True, HAS_R=True)
+    for code in codes.CODES.values() if half else ():
+        one = {"DTYPE": tl.int8 if code.dtype == torch.int8 else tl.uint8, "OCTAVES": code.octaves, "BITS": code.bits}
+        one |= {"ALIGNED": True, "BLOCK_L": 16, "BLOCK_R": 128}
+        compiled(code_kernels._decode_kernel, capability, 4, 3, **one)
+        compiled(code_kernels._encode_kernel, capability, 4, 3, **one, HAS_ACTIVE=True, AT_RANDOM=True)
+    m, v = codes.FIRST, codes.SECOND
+    one = {"M_OCTAVES": m.octaves, "M_BITS": m.bits, "V_OCTAVES": v.octaves, "V_BITS": v.bits}
+    compiled(code_kernels._direction_kernel, capability, 4, 3, **state | {"AT_RANDOM": half}, **one)
     moments = [("float", tl.bfloat16 if half else tl.float32), ("int8", tl.int8), ("int4", tl.uint8)]
     of_project |= {} if half else {"BLOCK_L": 32, "BLOCK_R": 128}
     for (kind, m_dtype), is_turned in itertools.product(moments if half else moments[::2], (False, True)):
@@ -203,6 +212,53 @@ def test_steps_are_those_of_the_torch_code(shape, settings, monkeypatch, kernels
     allowed = tolerance(settings)
     assert (fused - plain).norm() <= allowed * (plain - start).norm()
     assert of_fused == pytest.approx(of_plain, rel=max(allowed, 1e-4))
+
+
+@pytest.mark.parametrize("r", [6, 40, 64])
+@pytest.mark.parametrize("base", ["adamw", "lion", "muon"])
+def test_codes_are_those_of_the_torch_code(base, r, kernels):
+    """Decoded, updated and encoded in one pass, to the nearest; where one matrix is not active, it stays as it is."""
+    generator = torch.Generator().manual_seed(0)
+    names, count, long = list(F.MOMENTS[base]), 3, 20
+    active = torch.tensor([True, False, True])
+    stored = []
+    for name in names:
+        values = torch.randn(count, long, r, generator=generator)
+        both = codes.encode(values.square() if name == "exp_avg_sq" else values, codes.CODES[name])
+        stored.append(tuple(list(tensor) for tensor in both))
+    before = copy.deepcopy(stored)
+    R = torch.randn(count, long, r, generator=generator)
+    R[1] = torch.nan
+    plain = [list(codes.decode(*map(torch.stack, of), codes.CODES[n])) for n, of in zip(names, stored, strict=True)]
+    for of, name in zip(stored, names, strict=True):
+        assert torch.equal(kernels.decode(*of, codes.CODES[name]), torch.stack(plain[names.index(name)]))
+    expected = F.direction(base, R, plain, (0.9, 0.99), 1e-6, active)
+    found = kernels.direction_of_codes(base, R, stored, (0.9, 0.99), 1e-6, active)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    for i, name in enumerate(names):
+        anew = codes.encode(torch.stack(plain[i]), codes.CODES[name])
+        again = tuple([torch.zeros_like(x) for x in of] for of in stored[i])
+        kernels.encode(torch.stack(plain[i]), *again, codes.CODES[name], active, None)
+        for which, (old, new) in enumerate(zip(before[i], anew, strict=True)):
+            for now in (stored[i][which], again[which]):
+                # sums in another order: between two codes it may be the other one
+                assert (now[0] != new[0]).float().mean() < 0.01 and (now[2] != new[2]).float().mean() < 0.01
+            assert torch.equal(stored[i][which][1], old[1]) and not again[which][1].any()
+
+
+def test_codes_are_rounded_without_bias(kernels):
+    """Over draws of 300 steps; each is one of the two neighbours."""
+    for name, code in codes.CODES.items():
+        values = torch.randn(1, 4, 40, generator=torch.Generator().manual_seed(0))
+        values = values.square() if name == "exp_avg_sq" else values
+        many = values.expand(300, -1, -1).contiguous()
+        into = [list(torch.zeros_like(x)) for x in codes.encode(many, code)]
+        kernels.encode(many, *into, code, None, range(300))
+        found = codes.decode(*map(torch.stack, into), code)
+        steps = 2.0**-code.bits * (values.abs() + 2.0**-code.octaves / code.span * values.abs().amax())
+        assert ((found - values).abs() <= 1.01 * steps).all()
+        assert ((found.mean(0) - values[0]).abs() <= 0.15 * steps[0]).all()
 
 
 @pytest.mark.parametrize("settings", WHOLE, ids=lambda settings: settings["state_dtype"])
