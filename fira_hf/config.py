@@ -298,9 +298,10 @@ class FiraConfig:
             "match_rms_adamw": sqrt(short / rank), by which a low-rank update is as large as AdamW's of the whole
             matrix, or 0.2 sqrt(long) where base_optimizer="muon" (arXiv 2502.16982): AdamW's learning rates serve at
             any rank. "none": 1, as published.
-        state_dtype: of moments and basis, "float32" or "bfloat16"; with residual="moment" "int8" or "int4", too, for
-            the whole moment, and then "bfloat16" for the rest. Moments that are not fp32 are rounded at random,
-            without which they could not follow betas near 1.
+        state_dtype: of moments and basis, "float32", "bfloat16" or "int8", which are codes with a scale for 32 (see
+            `fira_hf.codes`); with residual="moment" "int8" or "int4" for the whole moment, and "bfloat16" for the
+            basis. Weights that are not projected have "bfloat16" beside either. Moments that are not fp32 are rounded
+            at random, without which they could not follow betas near 1.
         stochastic_rounding: whether updated bf16 weights are rounded at random to one of their two neighbours, the
             nearer the likelier, so that small updates are not lost; no effect on fp32 weights, refused for fp16.
         lr, betas, eps, weight_decay: those of AdamW; decay is decoupled. eps defaults to the published 1e-6.

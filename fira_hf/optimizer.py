@@ -74,6 +74,7 @@ class FiraAdamW(torch.optim.Optimizer):
         exp_avg_sq     long x r        second moment of G Q (base_optimizer="adamw")
         exp_avg_sq_row long x 1        of its means over rows ("adafactor")
         exp_avg_sq_col 1 x r           of its sums over columns ("adafactor")
+        *_scale        rows x r / 32   state_dtype="int8": basis, exp_avg and exp_avg_sq are codes, see `codes`
         residual_norm  0-dim           norm of the last residual, as limited; infinite: none, or a negligible one
 
     The state of a stack, or of a matrix in parts, has one more dimension in front (the parts of a matrix one after

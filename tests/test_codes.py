@@ -152,6 +152,20 @@ def test_a_second_moment_follows_beta2_near_one():
     )
 
 
+def test_the_direction_is_a_tenth_off_and_no_more():
+    """V is a random walk around the exact one: sqrt(500 steps x a thousandth x a code's distance) is a fifth of V."""
+    found = []
+    for state_dtype in ("float32", "int8"):
+        p, draws = weight((40, 24)), torch.Generator().manual_seed(0)
+        optimizer = optimizer_of(p, lr=0.0, update_proj_gap=1000, refresh="together", state_dtype=state_dtype)
+        train(optimizer, p, (torch.randn(40, 24, generator=draws) for _ in range(400)))
+        M, V = (value(optimizer.state[p], name) for name in ("exp_avg", "exp_avg_sq"))
+        found.append((M / V.sqrt(), V))
+    (exact, V), (coded, of_codes) = found
+    assert 0.03 < (coded - exact).norm() / exact.norm() < 0.13
+    assert (of_codes.mean() / V.mean()).item() == pytest.approx(1, abs=0.05)
+
+
 # --------------------------------------------------------------------------- what is kept
 
 

@@ -256,6 +256,7 @@ TABLES = {
     "quality": quality.table,
     "candidates": quality.table,
     "weights": quality.table,
+    "int8": quality.table,
     "sharded": bytes_table,
     "refresh": refresh_table,
     "scaling": scaling_table,
