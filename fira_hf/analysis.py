@@ -56,7 +56,8 @@ def check_matrix(p: Tensor, group: Mapping[str, Any]) -> None:
     if p.ndim != 2 or group.get("split", 1) > 1:
         raise ValueError(
             f"A weight of shape {shape} is no matrix by itself (split={group.get('split', 1)}): stacked and fused "
-            "weights cannot be analysed; leave them out of target_modules, target_parameters and split_pattern."
+            "weights and convolutions cannot be analysed; leave them out of target_modules, target_parameters and "
+            "split_pattern."
         )
     if group.get("base_optimizer", "adamw") != "adamw":
         raise ValueError(

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
-from .config import ALL_LINEAR, FiraConfig
+from .config import ALL_LINEAR, WORDS, FiraConfig
 from .factory import summarize
 from .memory import INT8, METHODS, TRAIN_INT8, MemoryEstimate, build_on_meta, predict_memory
 from .targets import find_targets
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
             nargs="+",
             default=[ALL_LINEAR],
             metavar="NAME",
-            help=f"names of layers, exact or a dotted suffix (default: {ALL_LINEAR})",
+            help=f"names of layers, exact or a dotted suffix, or one of {', '.join(WORDS)} (default: {ALL_LINEAR})",
         )
         for name in OF_STATE:
             one.add_argument(f"--{name}", default=getattr(FiraConfig, name), help="of Fira (default: %(default)s)")
@@ -131,8 +131,8 @@ def describe_checkpoint(folder: Path) -> str:
 
 def main(words: list[str] | None = None) -> int:
     options = build_parser().parse_args(words)
-    if options.target_modules == [ALL_LINEAR]:
-        options.target_modules = ALL_LINEAR
+    if len(options.target_modules) == 1 and options.target_modules[0] in WORDS:
+        options.target_modules = options.target_modules[0]
     logging.set_verbosity_error()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT calls what transformers will drop

@@ -16,6 +16,8 @@ from typing import Any
 
 CONFIG_NAME = "fira_config.json"
 ALL_LINEAR = "all-linear"
+ALL_LINEAR_AND_CONV = "all-linear-and-conv"
+WORDS = (ALL_LINEAR, ALL_LINEAR_AND_CONV)  # what target_modules takes beside names and regular expressions
 LAYERWISE = "fira_layerwise"
 
 # The settings in which the published code differs from the defaults: FiraConfig(**PUBLISHED), with the authors'
@@ -151,7 +153,8 @@ RULES: dict[str, tuple[Check, str]] = {
     "stochastic_rounding": (_is_bool, "True or False"),
     "target_modules": (
         lambda v: v == [] or _is_names(v),
-        "'all-linear', a regular expression, or a list of module names (empty only beside target_parameters)",
+        "'all-linear', 'all-linear-and-conv', a regular expression, or a list of module names (empty only beside "
+        "target_parameters)",
     ),
     "target_parameters": (
         lambda v: v is None or (isinstance(v, list) and _is_names(v)),
@@ -174,6 +177,7 @@ RULES: dict[str, tuple[Check, str]] = {
     ),
     "split": (_is_positive_int, "an integer of at least 1"),
     "transposed": (_is_bool, "True or False"),
+    "convolution": (_is_bool, "True or False"),
     "lr": (_is_at_least_0, "a number of at least 0"),
     "betas": (_is_betas, "two numbers in [0, 1)"),
     "eps": (_is_at_least_0, "a number of at least 0"),
@@ -186,6 +190,12 @@ RULES: dict[str, tuple[Check, str]] = {
 def plain_name(name: str) -> str:
     """The name of a parameter or module as it is in the model that others have wrapped."""
     return PREFIXES.sub("", WRAPPERS.sub("", name).lstrip("."))
+
+
+def word_or_regex(target: str) -> str:
+    """One of `WORDS`, however it is spelled; any other string as it is."""
+    word = target.lower().replace("_", "-")
+    return word if word in WORDS else target
 
 
 def normalised(name: str, value: Any) -> Any:
@@ -256,8 +266,11 @@ class FiraConfig:
             a bound on spikes. The published 1.01 is a schedule, too: the norm of the first step decides how large it
             can be for hundreds of steps. None switches the limiter off.
         target_modules: "all-linear" (every linear layer but the output or classification head, and the stacked
-            experts of a mixture), a list of names (exact, or a dotted suffix), or a regular expression that must
-            match a module's full name.
+            experts of a mixture), "all-linear-and-conv" (the same, and every convolution whose matrix is wider than
+            its rank: one that is not, such as the first and the last of a diffusion model, would need more state than
+            by AdamW), a list of names (exact, or a dotted suffix), or a regular expression that must match a module's
+            full name. Of a convolution, transposed ones included, the weight (first, second, *kernel) is the matrix
+            (first, second * kernel).
         target_parameters: names (exact, or a dotted suffix) of further parameters to project, matrices or stacks of
             matrices (3-D) that are no linear layer's weight, beside what `target_modules` chooses.
         exclude_modules: names or a regular expression, by the same rules, of modules that are not projected.
@@ -266,8 +279,8 @@ class FiraConfig:
         rank_pattern: module name or regular expression -> rank, where it differs from `rank`.
         alpha_pattern: the same for `alpha`.
         split_pattern: module name or regular expression -> the number of equal parts that the weight fuses one after
-            another along its output dimension (3 for GPT-2's "c_attn"); each is projected by itself. That they are
-            equal, and not in turns, is not seen from the shape.
+            another along its output dimension (3 for GPT-2's "c_attn", or the groups of a convolution); each is
+            projected by itself. That they are equal, and not in turns, is not seen from the shape.
         projection: how a basis is found. "power": one step of block power iteration from the previous basis; "svd":
             the leading right singular vectors of the gradient, as published, as good and far more expensive;
             "random": a random subspace, whatever the gradient; "columns": `rank` neighbouring columns of the shorter
@@ -347,8 +360,8 @@ class FiraConfig:
             value = getattr(self, name)
             if isinstance(value, Set):
                 setattr(self, name, sorted(value, key=lambda entry: (type(entry).__name__, entry)))
-        if isinstance(self.target_modules, str) and self.target_modules.lower().replace("_", "-") == ALL_LINEAR:
-            self.target_modules = ALL_LINEAR
+        if isinstance(self.target_modules, str):
+            self.target_modules = word_or_regex(self.target_modules)
         for name in self.__dataclass_fields__:
             setattr(self, name, normalised(name, getattr(self, name)))
         self.betas = (self.betas[0], self.betas[1])
@@ -358,7 +371,7 @@ class FiraConfig:
                 f"target_modules={self.target_modules!r} chooses nothing: name modules, or parameters in "
                 "target_parameters."
             )
-        is_regex = isinstance(self.target_modules, str) and self.target_modules != ALL_LINEAR
+        is_regex = isinstance(self.target_modules, str) and self.target_modules not in WORDS
         if is_regex and self.layers_to_transform is not None:
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform!r} cannot be combined with the regular expression "
@@ -428,5 +441,6 @@ PROJECTED_DEFAULTS = _defaults(
     "limiter",
     "adjust_lr",
 )
-# How the matrices lie in a weight: fused parts along its output dimension, and whether it is stored (in, out).
-PROJECTED_DEFAULTS |= {"split": 1, "transposed": False}
+# How the matrices lie in a weight: fused parts along its output dimension, whether it is stored (in, out), and whether
+# it is a convolution's.
+PROJECTED_DEFAULTS |= {"split": 1, "transposed": False, "convolution": False}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from .functional import TINY, Basis, are_usable, product, total_norms, transposed_product
+from .functional import TINY, Basis, are_usable, folded_shape, product, total_norms, transposed_product
 from .subspace import (
     EXACT,
     cholesky_qr,
@@ -189,7 +189,7 @@ def _split_dimensions(p: Any) -> list[int]:
     return [dim for dim, placement in enumerate(p.placements) if not isinstance(placement, Replicate)]
 
 
-def shards_of(p: Any, split: int, transposed: bool) -> Shards | None:
+def shards_of(p: Any, split: int, transposed: bool, convolution: bool) -> Shards | None:
     """How the rows of a projected matrix are sharded; None: they are not. Of a stack, processes hold whole matrices.
 
     Raises:
@@ -203,7 +203,8 @@ def shards_of(p: Any, split: int, transposed: bool) -> Shards | None:
             f"FiraAdamW cannot train a weight of shape {tuple(p.shape)} that is sharded as {p.placements}: use "
             "fully_shard, which splits the first dimension, on one dimension of the mesh."
         )
-    if p.ndim == 3 and (split == 1 or len(p) % p.device_mesh.size(dims[0]) == 0):
+    shape = folded_shape(p.shape, convolution)
+    if len(shape) == 3 and (split == 1 or len(p) % p.device_mesh.size(dims[0]) == 0):
         return None
     if split > 1:
         raise RuntimeError(
@@ -211,7 +212,7 @@ def shards_of(p: Any, split: int, transposed: bool) -> Shards | None:
             "each process has the same number of matrices of a stack: leave it out of split_pattern."
         )
     # Of a square weight the outputs are its long side, and they are the columns of one stored (in, out).
-    rows, columns = p.shape
+    rows, columns = shape
     is_tall = rows > columns or (rows == columns and not transposed)
     return Shards(p.device_mesh.get_group(dims[0]), is_tall)
 

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 NO_DECAY_NAMES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 
 # What may differ from one projected weight to another.
-OF_TARGET = ("rank", "alpha", "split", "transposed")
+OF_TARGET = ("rank", "alpha", "split", "transposed", "convolution")
 
 
 def get_fira_optimizer(model: nn.Module, config: FiraConfig | None = None) -> FiraAdamW:

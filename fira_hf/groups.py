@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import functional as F
 from .config import PACKED, PROJECTED_DEFAULTS, SHARED_DEFAULTS, check_update, normalised, unknown_name
 from .distributed import local
 from .int8 import is_int8
@@ -43,6 +44,11 @@ def check_group(group: dict[str, Any]) -> None:
         group[name] = normalised(name, group.get(name, {**SHARED_DEFAULTS, **PROJECTED_DEFAULTS}.get(name)))
     if "rank" in group:
         check_update(group)
+        if group["convolution"] and group["transposed"]:
+            raise ValueError(
+                "Parameter group: transposed=True does not go with convolution=True: leave it out. Of a transposed "
+                "convolution, too, the first dimension is the rows of the matrix."
+            )
     group["betas"] = tuple(group["betas"])
     for p in group["params"]:
         check_weight(p, group)
@@ -66,6 +72,11 @@ def check_of_adamw(name: str, value: Any, where: str) -> None:
         )
 
 
+def dimensions_of(group: dict[str, Any]) -> tuple[int, ...]:
+    """How many dimensions a weight of a projected group may have."""
+    return (3, 4, 5) if group["convolution"] else (2, 3)
+
+
 def check_weight(p: Tensor, group: dict[str, Any]) -> None:
     """Raises ValueError if this group cannot train the weight as it is now."""
     if p.dtype not in DTYPES:
@@ -80,12 +91,22 @@ def check_weight(p: Tensor, group: dict[str, Any]) -> None:
         )
     if "rank" not in group:
         return
-    if p.ndim not in (2, 3):
+    if p.ndim not in dimensions_of(group):
+        if group["convolution"]:
+            what = "is no weight of a convolution (out, in, *kernel): put it into a group without 'convolution'."
+        else:
+            way = "put it into a group without 'rank'"
+            way += ", or set convolution=True if it is that of a convolution" if p.ndim in (4, 5) else ""
+            what = f"cannot be projected, only matrices and stacks of them (3-D) can: {way}."
+        raise ValueError(f"Parameter group: {name_of(p, group)} of shape {tuple(p.shape)} {what}")
+    if group["convolution"] and F.is_channels_last(local(p.data)) is None:
         raise ValueError(
-            f"Parameter group: {name_of(p, group)} of shape {tuple(p.shape)} cannot be projected, only matrices and "
-            "stacks of them (3-D) can: put it into a group without 'rank'."
+            f"Parameter group: {name_of(p, group)} of shape {tuple(p.shape)} lies in memory with strides "
+            f"{local(p.data).stride()}, neither contiguous nor channels_last, so that no view of it is a matrix: set "
+            "p.data = p.data.contiguous()."
         )
-    if p.shape[-1 if group["transposed"] else -2] % group["split"]:
+    shape = F.folded_shape(p.shape, group["convolution"])
+    if shape[-1 if group["transposed"] else -2] % group["split"]:
         raise ValueError(
             f"Parameter group: split={group['split']} does not divide the output dimension of {name_of(p, group)}, of "
             f"shape {tuple(p.shape)}: only equal parts can be projected by themselves."

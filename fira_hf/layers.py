@@ -23,6 +23,7 @@ class Layer:
 
     modules: the names that its module answers to. owners: those of the layer that a parametrized weight belongs to.
     leaf: its own name there. is_linear: whether it is the weight of a linear layer, or a matrix of an adapter.
+    is_conv: whether it is the weight of a convolution; is_convolution: or a part of one that is parametrized.
     is_head: whether it is (part of) the output head. is_experts: whether it stacks experts. transposed: whether it is
     stored (in, out). is_ordered: whether parts that it fuses would lie one after another along the output dimension.
     kind: what it is, for who asks why it is not projected.
@@ -33,6 +34,7 @@ class Layer:
     leaf: str
     weight: nn.Parameter = field(repr=False)
     is_linear: bool
+    is_conv: bool
     is_head: bool
     is_experts: bool
     is_convolution: bool
@@ -46,14 +48,19 @@ class Layer:
 
     @property
     def aliases(self) -> tuple[str, ...]:
-        """What it is called by: a linear layer like its module, a parameter like itself, an adapter's like both."""
-        if not self.is_linear:
+        """What it is called by: a layer like its module, a parameter like itself, an adapter's like both."""
+        if not self.is_layer:
             return self.parameters
         return self.modules if self.leaf == "weight" else (*self.parameters, *self.modules)
 
     @property
     def parameters(self) -> tuple[str, ...]:
         return tuple(f"{module}.{self.leaf}" if module else self.leaf for module in self.modules)
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether `target_modules` can choose it."""
+        return self.is_linear or self.is_conv
 
     @property
     def is_empty(self) -> bool:
@@ -98,14 +105,15 @@ def weights(model: nn.Module) -> list[Layer]:
             of_embedding = isinstance(tuner.get_base_layer() if tuner else module, nn.Embedding)
             of_adapter = tuner is not None and not of_embedding and p.ndim == 2 and 1 not in p.shape
             is_linear = of_adapter or (leaf == "weight" and isinstance(module, (nn.Linear, *conv1d)))
+            is_conv = leaf == "weight" and isinstance(module, _ConvNd)
             is_experts = p.ndim == 3 and "Experts" in type(module).__name__
             is_convolution = p.ndim > 2 and isinstance(modules[owner], _ConvNd)
             # What transformers 5 says of its experts. Of others it is not known whether parts can be told apart.
             transposed = isinstance(module, conv1d) or (p.ndim == 3 and getattr(module, "is_transposed", False))
-            is_ordered = p.ndim == 2 or getattr(module, "is_concatenated", False)
+            is_ordered = p.ndim == 2 or is_conv or getattr(module, "is_concatenated", False)
             kind = "embedding" if of_embedding else _kind(f"{name}.{leaf}", p, module, modules[owner], tuner)
             owners = tuple(_aliases(owner, adapted)) if owner != name else ()
-            flags = (is_linear, is_head, is_experts, is_convolution, transposed, is_ordered)
+            flags = (is_linear, is_conv, is_head, is_experts, is_convolution, transposed, is_ordered)
             found.append(Layer(names, owners, leaf, p, *flags, kind))
     return found
 
@@ -122,9 +130,9 @@ def _kind(name: str, p: nn.Parameter, module: nn.Module, owner: nn.Module, tuner
     return f"not a linear layer ({type(module).__name__})"
 
 
-def linear_layers(model: nn.Module) -> list[Layer]:
+def target_layers(model: nn.Module) -> list[Layer]:
     """The layers that `target_modules` can choose."""
-    return [layer for layer in weights(model) if layer.is_linear]
+    return [layer for layer in weights(model) if layer.is_layer]
 
 
 def _loaded(module: str, name: str) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import int8
-from .config import ALL_LINEAR, LAYERWISE, FiraConfig, unknown_name
+from .config import ALL_LINEAR, ALL_LINEAR_AND_CONV, LAYERWISE, FiraConfig, unknown_name
 from .targets import FP32, adamw_state_bytes, find_targets
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ def estimate_memory(
 
     Raises:
         ValueError: only one of batch size and sequence length is given, the config does not fit the model, there is
-            no such optimizer, or activations cannot be predicted since they depend on the data.
+            no such optimizer, it cannot project convolutions, or activations cannot be predicted since they depend on
+            the data.
     """
     _check_batch(batch_size, sequence_length)
     optimizer = optimizer or ("adamw" if config is None else "fira")
@@ -106,6 +107,11 @@ def _state_bytes(model: nn.Module, config: FiraConfig | None, optimizer: str) ->
     if optimizer not in PEERS:
         raise ValueError(unknown_name("optimizer", optimizer, ["adamw", "fira", LAYERWISE, *PEERS]))
     of = PEERS[optimizer]
+    if convolutions := [target.name for target in plan.projected if target.convolution]:
+        raise ValueError(
+            f"optimizer={optimizer!r} projects matrices and no convolutions such as {convolutions[0]}: choose others "
+            "in target_modules."
+        )
     return sum(of(t.parameter, t.rank) for t in plan.projected) + sum(of(s.parameter, None) for s in plan.skipped)
 
 
@@ -226,6 +232,10 @@ def predict_memory(
         optimizer, lora = METHODS[name].optimizer, METHODS[name].lora
         if dtype == INT8 and name not in TRAIN_INT8:
             raise ValueError(f"{name} trains no int8 weights: choose of {', '.join(TRAIN_INT8)}, or another dtype.")
+        if lora is not None and target_modules == ALL_LINEAR_AND_CONV:
+            raise ValueError(
+                f"target_modules={target_modules!r} is no word of PEFT's, which method {name} needs: name the modules."
+            )
         if lora not in models:
             model = build_on_meta(model_config, dtype)
             find_targets(model, config)  # every entry must match; PEFT ignores one that does not

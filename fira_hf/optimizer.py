@@ -17,7 +17,7 @@ from .checkpoint import check_checkpoint, pairs
 from .codes import negligible
 from .config import FiraConfig
 from .distributed import agree, local, sharded_like, shards_of
-from .groups import check_group, check_weight, name_of, name_parameters
+from .groups import check_group, check_weight, dimensions_of, name_of, name_parameters
 from .refresh import refresh
 from .state import (
     OF_MOMENTS,
@@ -30,6 +30,7 @@ from .state import (
     loaded_state,
     matrices_of,
     misfit,
+    of_layout,
     operations,
     operations_of_moments,
     read,
@@ -55,6 +56,8 @@ class FiraAdamW(torch.optim.Optimizer):
     experts of a layer) of which each is projected by itself. It may set `split`, the number of equal parts of each
     matrix that are projected by themselves, and `transposed`, whether matrices are stored (in, out) as in GPT-2's
     `Conv1D`, not (out, in) as in `nn.Linear`: parts lie along `out`, and a basis of a square matrix spans `in`.
+    With `convolution` its parameters are weights of convolutions (out, in, *kernel), each the matrix
+    (out, in * kernel): a view, contiguous or channels_last. Parts, such as groups, lie along `out`.
     It may set `alpha`, `update_proj_gap`, `gamma`, `limiter`, `projection`, `refresh`, `moments`, `base_optimizer`,
     `scaling`, `residual` and `adjust_lr`, which mean and default to what they do in `FiraConfig`. A group without
     `rank` is AdamW by torch's formulas. Every group may set `state_dtype`, `stochastic_rounding` and `correct_bias`.
@@ -79,7 +82,8 @@ class FiraAdamW(torch.optim.Optimizer):
 
     The state of a stack, or of a matrix in parts, has one more dimension in front (the parts of a matrix one after
     another). `phase` is that of the first of them; where refreshes are staggered, those of the others are spread
-    evenly over the interval.
+    evenly over the interval. That of a convolution has `channels_last`, bool: its columns are ordered (*kernel, in),
+    as the weight lies, and not (in, *kernel). Where the weight comes to lie otherwise, the state follows.
 
     A weight of a group without `rank` has `step`, `seed`, `calls`, and `exp_avg` and `exp_avg_sq` of its own shape.
 
@@ -172,7 +176,7 @@ class FiraAdamW(torch.optim.Optimizer):
         for p in parameters:
             if p.grad is not None and p.grad.is_sparse:
                 raise RuntimeError("FiraAdamW does not take sparse gradients: use sparse=False in the embedding.")
-            if "rank" in group and p.ndim not in (2, 3):
+            if "rank" in group and p.ndim not in dimensions_of(group):
                 raise RuntimeError(
                     "FiraAdamW cannot project flattened weights (FSDP1, DeepSpeed): use DDP or fully_shard."
                 )
@@ -183,7 +187,7 @@ class FiraAdamW(torch.optim.Optimizer):
                     f"{name_of(p, group)} of shape {tuple(p.shape)} {problem}. Nothing was changed in this step. "
                     "Change weights before the optimizer is made, or make a new one, and clear the gradients."
                 )
-            if "rank" in group and shards_of(p, group["split"], group["transposed"]) and group["projection"] == "svd":
+            if "rank" in group and group["projection"] == "svd" and shards_of(p, *of_layout(group)):
                 raise RuntimeError(
                     'projection="svd" needs whole gradients, and FSDP shards them: set projection="power".'
                 )
@@ -429,9 +433,10 @@ class FiraAdamW(torch.optim.Optimizer):
                     group.setdefault(name, value)  # an older version, or AdamW, may not have saved it
                 group["betas"] = tuple(group["betas"])
             first = first_states(self.param_groups)
-            for index, p in pairs(loaded, self.param_groups):
+            groups = [group for group in self.param_groups for _ in group["params"]]
+            for (index, p), group in zip(pairs(loaded, self.param_groups), groups, strict=True):
                 if saved := loaded["state"].get(index):
-                    self.state[p] = loaded_state(p, {**first[p], **saved})
+                    self.state[p] = loaded_state(p, {**first[p], **saved}, group)
 
         # The last hook before and the first one after, around what torch does.
         hooks = [

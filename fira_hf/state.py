@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from . import functional as F
 from . import int8, whole
@@ -90,6 +90,11 @@ def state_dtype_of(state_dtype: str) -> torch.dtype:
     return dtype
 
 
+def of_layout(group: Mapping[str, Any]) -> tuple[int, bool, bool]:
+    """How matrices lie in the weights of a group: what `shards_of` asks."""
+    return group["split"], group["transposed"], group["convolution"]
+
+
 @dataclass(frozen=True)
 class Kept:
     """A tensor in the state of a projected weight.
@@ -108,7 +113,7 @@ class Kept:
 
 
 # What the state of a projected weight depends on, beside its shape.
-OF_SHAPES = ("rank", "split", "transposed", "base_optimizer", "projection", "residual", "state_dtype")
+OF_SHAPES = ("rank", "split", "transposed", "convolution", "base_optimizer", "projection", "residual", "state_dtype")
 
 
 def kept_tensors(shape: Iterable[int], group: Mapping[str, Any]) -> dict[str, Kept]:
@@ -119,10 +124,10 @@ def kept_tensors(shape: Iterable[int], group: Mapping[str, Any]) -> dict[str, Ke
 @functools.cache
 def _kept_tensors(shape: tuple[int, ...], *of_group: Any) -> dict[str, Kept]:
     group = dict(zip(OF_SHAPES, of_group, strict=True))
-    rank, split, transposed = (group[name] for name in ("rank", "split", "transposed"))
-    weight = torch.empty(shape, device="meta")
-    stack, (long, short) = F.stacked(weight, split), F.long_and_short(weight, split, transposed)
-    r, dtype, kept = min(rank, short), state_dtype_of(group["state_dtype"]), {}
+    split, transposed, convolution = of_layout(group)
+    shape = F.folded_shape(torch.Size(shape), convolution)
+    stack, (long, short) = F.stacked(shape, split), F.long_and_short(shape, split, transposed)
+    r, dtype, kept = min(group["rank"], short), state_dtype_of(group["state_dtype"]), {}
     if is_whole(group) and group["state_dtype"] in PACKED:
         codes, scales = whole.packed_shapes(shape, whole.BITS[group["state_dtype"]])
         kept["exp_avg"] = Kept(codes, torch.int8 if group["state_dtype"] == "int8" else torch.uint8, "weight")
@@ -143,12 +148,14 @@ def _kept_tensors(shape: tuple[int, ...], *of_group: Any) -> dict[str, Kept]:
 
 def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> State:
     """The state of a projected parameter, with no basis yet; `first` is its entry in `first_states`."""
-    shards, device = shards_of(p, group["split"], group["transposed"]), local(p.data).device
-    of_part = kept_tensors(local(p.data).shape, group)
+    shards, device = shards_of(p, *of_layout(group)), local(p.data).device
+    of_part, is_stack = kept_tensors(local(p.data).shape, group), p.ndim == 3 and not group["convolution"]
     state = State(first)
+    if group["convolution"]:
+        state["channels_last"] = F.is_channels_last(local(p.data))
     for name, kept in kept_tensors(p.shape, group).items():
         shape = kept.shape
-        if p.ndim == 3 or kept.along == "weight":
+        if is_stack or kept.along == "weight":
             shape = of_part[name].shape
         elif kept.along == "long" and shards:
             rows = shards.own(shape[0])
@@ -156,13 +163,13 @@ def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> State:
         # Codes of zero are those of any scale: it is zero.
         part = torch.full(shape, torch.inf if name == "residual_norm" else 0, dtype=kept.dtype, device=device)
         part = F.column_major(part) if name == "basis" and kept.dtype.is_floating_point else part
-        state[name] = sharded_like(p, part, kept.shape) if p.ndim == 3 or kept.along else part
+        state[name] = sharded_like(p, part, kept.shape) if is_stack or kept.along else part
         if name == "step" and kept.shape:
             state.refresh_in = [None] * kept.shape[0]
     return state
 
 
-def loaded_state(p: Any, saved: dict[str, Any]) -> dict[str, Any]:
+def loaded_state(p: Any, saved: dict[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a saved state on the weight's device, in the dtypes in which it was saved."""
     device, state = local(p.data).device, State()
     for name, value in saved.items():
@@ -171,20 +178,56 @@ def loaded_state(p: Any, saved: dict[str, Any]) -> dict[str, Any]:
             value = F.column_major(value.to(device)) if is_basis else value.to(device, copy=True).contiguous()
         state[name] = value
     if "residual_norm" in state:
-        state.refresh_in = _refresh_in(p, saved)
+        state.refresh_in = _refresh_in(p, saved, p.ndim == 3 and not group["convolution"])
     return state
 
 
-def _refresh_in(p: Tensor, saved: dict[str, Any]) -> Any:
+def _refresh_in(p: Tensor, saved: dict[str, Any], is_stack: bool) -> Any:
     """`refresh_in` of a loaded state: the next call looks whether a basis is due. Who has a basis has made a step;
     columns count steps anew in every block, and need no more than that there was a call."""
     step, has_begun = saved["step"], "basis" not in saved and saved["calls"] > 0
     begun = [0 if count or has_begun else None for count in local(step).flatten().tolist()]
     if step.ndim == 0:
         return begun[0]
-    split = len(step) // len(p) if p.ndim == 3 else len(step)
-    own = own_of_stack(p) if p.ndim == 3 else range(1)
+    split = len(step) // len(p) if is_stack else len(step)
+    own = own_of_stack(p) if is_stack else range(1)
     return [None] * (own.start * split) + begun + [None] * (len(step) - own.stop * split)
+
+
+def follow_layout(p: Any, state: State, group: Mapping[str, Any]) -> None:
+    """Brings what the state of a convolution has by columns into the order in which the weight lies now.
+
+    Before, the memory format of the model was another one: it was changed, or a checkpoint comes from there. A moment
+    in codes is coded anew. A block of columns is one of other columns then, and its moments begin anew.
+    """
+    channels_last = F.is_channels_last(local(p.data))
+    if state.get("channels_last", channels_last) == channels_last:
+        return
+    rows, columns = len(p) // group["split"], p[0].numel()
+    outer = p.shape[1] if channels_last else p.shape[2:].numel()
+    order = torch.arange(columns, device=local(p.data).device).view(outer, -1).t().flatten()
+    if is_whole(group) and "exp_avg_scale" in state:
+        codes, scales = local(state["exp_avg"]), local(state["exp_avg_scale"])
+        values = whole.decode(codes, scales, columns)[..., order]
+        for old, new in zip((codes, scales), whole.encode(values, whole.BITS[group["state_dtype"]]), strict=True):
+            old.copy_(new)
+    elif is_whole(group):
+        _reordered(local(state["exp_avg"]), order, -1)
+    of_rows = [name for name, (has_rows, _) in low_rank_moments(group).items() if has_rows]
+    if columns <= rows and group["projection"] == "columns":
+        for name in (*low_rank_moments(group), "step"):
+            local(state[name]).zero_()
+    for name in ["basis"] if columns <= rows else of_rows:
+        for part in (name, name + SCALE):
+            if part in state:
+                _reordered(state[part], order, -2)
+    state["channels_last"] = channels_last
+
+
+def _reordered(value: Any, order: Tensor, dim: int) -> None:
+    """Puts the entries of a tensor in another order, in place."""
+    new = (value.full_tensor() if isinstance(value, DTensor) else value).index_select(dim, order)
+    value.copy_(distribute_tensor(new, value.device_mesh, value.placements) if isinstance(value, DTensor) else new)
 
 
 def misfit(p: Any) -> str | None:
@@ -258,10 +301,11 @@ class Matrix:
         shards: Shards | None,
         weight: Any,
         grad: Any,
+        whole_shape: torch.Size,
     ) -> None:
         self.parameter, self.state, self.index, self.place, self.shards = parameter, state, index, place, shards
         self.weight, self.grad = weight, grad
-        self.shape = parameter.shape if shards else weight.shape
+        self.shape = whole_shape if shards else weight.shape
 
     @property
     def is_tall(self) -> bool:
@@ -298,7 +342,7 @@ class Matrix:
         first: int = self.state["phase"]
         if self.index is None or group["refresh"] != "staggered":
             return first
-        (count,) = F.stacked(self.parameter, group["split"])
+        (count,) = F.stacked(F.folded_shape(self.parameter.shape, group["convolution"]), group["split"])
         return first + group["update_proj_gap"] * self.place // count
 
     def is_due_by_calls(self, group: dict[str, Any]) -> bool:
@@ -433,18 +477,23 @@ def _order(blocks: int, seed: int) -> list[int]:
 
 def matrices_of(p: Any, states: Mapping[Any, dict[str, Any]], group: dict[str, Any]) -> list[Matrix]:
     """The matrices of a parameter, all with its one state, which is empty before the first of them begins."""
-    split, transposed = group["split"], group["transposed"]
+    split, transposed, convolution = of_layout(group)
     state: Any = states.get(p) or State()
-    shards = shards_of(p, split, transposed)
+    shape, shards = F.folded_shape(p.shape, convolution), shards_of(p, split, transposed, convolution)
     weight, grad = int8.view(local(p.detach())), local(p.grad)
+    if convolution:
+        follow_layout(p, state, group)
+        # A gradient that lies otherwise than its weight is copied, so that both have their columns in one order.
+        channels_last = bool(F.is_channels_last(weight))
+        weight, grad = F.folded(weight, channels_last), F.folded(grad, channels_last)
     if shards is not None:
-        return [Matrix(p, state, None, 0, shards, weight, grad)]
+        return [Matrix(p, state, None, 0, shards, weight, grad, shape)]
     weights, grads = F.parts(weight, split, transposed), F.parts(grad, split, transposed)
-    if not F.stacked(p, split):
-        return [Matrix(p, state, None, 0, None, weights[0], grads[0])]
-    first = own_of_stack(p).start * split if p.ndim == 3 else 0
+    if not F.stacked(shape, split):
+        return [Matrix(p, state, None, 0, None, weights[0], grads[0], shape)]
+    first = own_of_stack(p).start * split if len(shape) == 3 else 0
     both = enumerate(zip(weights, grads, strict=True))
-    return [Matrix(p, state, index, first + index, None, w, g) for index, (w, g) in both]
+    return [Matrix(p, state, index, first + index, None, w, g, shape) for index, (w, g) in both]
 
 
 def batches(matrices: Iterable[Matrix], rank: int) -> Iterator[list[Matrix]]:

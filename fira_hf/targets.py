@@ -6,6 +6,10 @@ inside an adapter is also known by the name of the layer that it adapts: "q_proj
 B beside it, and so do matrices of adapters that are parameters and no layers (see `layers`). `target_parameters` names
 parameters instead of modules, for weights that no linear layer holds.
 
+Convolutions, those of adapters included, are found by name, or by "all-linear-and-conv", which adds to "all-linear"
+those whose matrix (out, in * kernel) is wider than its rank. The others, depthwise ones and such as read or write the
+few channels of an image, would be projected to their full rank, which takes more state than AdamW's.
+
 Beyond PEFT, which finds no layer to wrap there, "all-linear" covers the stacked experts of a mixture: they are its
 linear layers (many were `nn.Linear` before transformers 5), and hold most of its weights.
 """
@@ -20,10 +24,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
-from .config import ALL_LINEAR, FiraConfig
-from .functional import long_and_short, stacked
+from .config import ALL_LINEAR, ALL_LINEAR_AND_CONV, WORDS, FiraConfig
+from .functional import folded_shape, long_and_short, stacked
 from .layers import Layer, weights
 from .state import kept_tensors, state_dtype_of
 
@@ -35,6 +40,7 @@ class Target:
     """A weight that is projected: a matrix or several, each by itself. `rank` is cut to the short side of a matrix.
 
     split: equal parts of a fused matrix. transposed: stored (in, out), the other way round than by `nn.Linear`.
+    convolution: stored (out, in, *kernel).
     """
 
     name: str
@@ -44,6 +50,7 @@ class Target:
     config: FiraConfig = field(default_factory=FiraConfig, repr=False)
     split: int = 1
     transposed: bool = False
+    convolution: bool = False
 
     def __post_init__(self) -> None:
         self.rank = min(self.rank, *self._long_and_short)
@@ -51,16 +58,20 @@ class Target:
     @property
     def matrices(self) -> int:
         """How many matrices are projected: experts of a stack, parts of a fused matrix."""
-        return math.prod(stacked(self.parameter, self.split))
+        return math.prod(stacked(self._shape, self.split))
+
+    @property
+    def _shape(self) -> torch.Size:
+        return folded_shape(self.parameter.shape, self.convolution)
 
     @property
     def _long_and_short(self) -> tuple[int, int]:
-        return long_and_short(self.parameter, self.split, self.transposed)
+        return long_and_short(self._shape, self.split, self.transposed)
 
     @property
     def state_bytes(self) -> int:
         """Of the tensors in its state; basis, moments and the fp32 scalars of each matrix."""
-        of_weight = {"rank": self.rank, "split": self.split, "transposed": self.transposed}
+        of_weight = {name: getattr(self, name) for name in ("rank", "split", "transposed", "convolution")}
         kept = kept_tensors(self.parameter.shape, {**vars(self.config), **of_weight})
         return sum(tensor.nbytes for tensor in kept.values())
 
@@ -147,33 +158,33 @@ def unmatched(setting: str, entry: str | list[str], why: str, layers: list[Layer
 def other_than_linear(
     everything: list[Layer], matched: Callable[[str], bool], setting: str = "target_parameters"
 ) -> str | None:
-    """What to do about trained matrices that no linear layer holds, in words, where a name of theirs is matched."""
+    """What to do about trained matrices that no layer holds, in words, where a name of theirs is matched."""
     named = [
         layer
         for layer in everything
-        if not layer.is_linear and any(map(matched, (*layer.modules, *layer.owners, *layer.parameters)))
+        if not layer.is_layer and any(map(matched, (*layer.modules, *layer.owners, *layer.parameters)))
     ]
     for layer in named:
         if layer.is_worth_naming:
             return f"parameters such as {layer.parameters[0]}, which {setting} names"
     for layer in named:
         if layer.is_convolution and layer.weight.requires_grad:
-            return f"the convolution {layer.parameters[0]}, and Fira projects no convolutions: leave it out"
+            return f"the convolution {layer.parameters[0]}, which is parametrized: leave it out"
     return None
 
 
 def _check_entries(config: FiraConfig, everything: list[Layer], candidates: list[Layer], model: nn.Module) -> None:
     """Raises for an entry of the config that chooses nothing."""
     names = [name for name, _ in model.named_modules() if name]
-    layers = [layer for layer in everything if layer.is_linear]
+    layers = [layer for layer in everything if layer.is_layer]
     others = [layer for layer in everything if not layer.is_linear and layer.is_matrix]
-    for probe in _probes(config.target_modules) if config.target_modules != ALL_LINEAR else []:
+    for probe in _probes(config.target_modules) if config.target_modules not in WORDS else []:
         found = [layer for layer in layers if _chosen(probe, layer)]
         if any(layer.weight.requires_grad for layer in found):
             continue
         why = "matches only frozen weights" if found else "matches no module of the model"
         if not found and any(matches(probe, name) for name in names):
-            why = "matches no linear layer"
+            why = "matches no linear layer or convolution"
         if hint := other_than_linear(everything, partial(matches, probe)):
             raise ValueError(f"target_modules: {probe if isinstance(probe, str) else probe[0]!r} {why}, but {hint}.")
         raise unmatched("target_modules", probe, why, layers)
@@ -184,6 +195,7 @@ def _check_entries(config: FiraConfig, everything: list[Layer], candidates: list
                 of_shape = f"of shape {tuple(layer.weight.shape)}{', a convolution' * layer.is_convolution}"
                 can_be_meant = any(other.is_matrix for other in found)
                 way = "give more of the name, or leave it out" if can_be_meant else "leave it out"
+                way = f"name {layer.name!r} in target_modules" if layer.is_conv else way
                 raise ValueError(
                     f"target_parameters: {entry!r} matches {layer.parameters[0]}, {of_shape}, but only matrices and "
                     f"stacks of them (3-D) can be projected: {way}."
@@ -229,7 +241,13 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
             in the message), or two names of one tied weight want different settings.
     """
     everything = weights(model)
-    layers = [layer for layer in everything if layer.is_linear or layer.is_experts or _is_named(config, layer)]
+    # To "all-linear" convolutions are nothing that it could have chosen.
+    takes_conv = config.target_modules != ALL_LINEAR
+    layers = [
+        layer
+        for layer in everything
+        if layer.is_linear or layer.is_experts or (takes_conv and layer.is_conv) or _is_named(config, layer)
+    ]
     trained = [layer for layer in layers if layer.weight.requires_grad]
     if not trained:
         raise _no_linear_layer(everything)
@@ -241,19 +259,19 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
     chosen: list[Layer] = []
     used: set[tuple[str, str | None]] = set()
     for layer in trained:
-        if (reason := _why_not(layer, config)) is not None:
+        keys = {name: _pattern_key(pattern, layer) for name, pattern in patterns.items()}
+        own: dict[str, Any] = {name: patterns[name][key] for name, key in keys.items() if key is not None}
+        if (reason := _why_not(layer, config, own.get("rank", config.rank))) is not None:
             reasons.setdefault(layer.weight, reason)
             continue
-        if layer.is_linear and layer.weight.ndim != 2:
+        if (layer.is_linear and layer.weight.ndim != 2) or (layer.is_conv and layer.weight.ndim < 3):
             raise ValueError(
                 f"{layer.name} has a weight of shape {tuple(layer.weight.shape)}: Fira cannot project flattened "
                 "weights (FSDP1, DeepSpeed). Use DDP or fully_shard."
             )
-        keys = {name: _pattern_key(pattern, layer) for name, pattern in patterns.items()}
-        own: dict[str, Any] = {name: patterns[name][key] for name, key in keys.items() if key is not None}
         _check_split(layer, own.get("split", 1))
         own = {"rank": config.rank, "alpha": config.alpha, **own}
-        target = Target(layer.name, layer.weight, **own, transposed=layer.transposed)
+        target = Target(layer.name, layer.weight, **own, transposed=layer.transposed, convolution=layer.is_conv)
         chosen.append(layer)
         used |= set(keys.items())
         tied = targets.setdefault(layer.weight, target)
@@ -290,7 +308,10 @@ def _no_linear_layer(everything: list[Layer]) -> ValueError:
     trained = [layer for layer in everything if layer.weight.requires_grad]
     named = [layer.parameters[0] for layer in trained if layer.is_worth_naming]
     kinds = ", ".join(sorted({layer.kind for layer in trained}))
-    if named:
+    convolutions = [layer.name for layer in trained if layer.is_conv]
+    if convolutions:
+        what = f"convolutions such as {convolutions[0]} are trained: set target_modules={ALL_LINEAR_AND_CONV!r}"
+    elif named:
         what = f"matrices such as {' and '.join(named[:2])} are trained: name them in target_parameters"
     elif trained:
         what = f"what is trained ({kinds}; {trained[0].parameters[0]}) Fira does not project: use AdamW"
@@ -302,8 +323,7 @@ def _no_linear_layer(everything: list[Layer]) -> ValueError:
 def _none_left(config: FiraConfig, layers: list[Layer], reasons: dict[nn.Parameter, str]) -> ValueError:
     """The error where the trained linear layers are all left out."""
     settings = ("target_modules", "exclude_modules", "layers_to_transform")
-    widest = {"target_modules": ALL_LINEAR, "exclude_modules": None, "layers_to_transform": None}
-    said = {name: value for name in settings if (value := getattr(config, name)) != widest[name]}
+    said = {name: value for name in settings if (value := getattr(config, name)) is not None and value not in WORDS}
     if said:
         way = f"Change {' or '.join(f'{name}={value!r}' for name, value in said.items())}"
     else:
@@ -320,7 +340,7 @@ def _none_left(config: FiraConfig, layers: list[Layer], reasons: dict[nn.Paramet
 
 
 def _check_split(layer: Layer, split: int) -> None:
-    shape = tuple(layer.weight.shape)
+    shape = tuple(folded_shape(layer.weight.shape, layer.is_conv))
     if split > 1 and not layer.is_ordered:
         raise ValueError(
             f"split_pattern: {layer.name} of shape {shape} cannot be split: its module does not say that it fuses "
@@ -333,14 +353,16 @@ def _check_split(layer: Layer, split: int) -> None:
         )
 
 
-def _why_not(layer: Layer, config: FiraConfig) -> str | None:
+def _why_not(layer: Layer, config: FiraConfig, rank: int) -> str | None:
     if layer.is_empty:
         return "without elements"
     if _is_named(config, layer):
         pass
-    elif config.target_modules == ALL_LINEAR:
+    elif config.target_modules in WORDS:
         if layer.is_head:
             return "output head"
+        if layer.is_convolution and min(folded_shape(layer.weight.shape, True)) <= rank:
+            return "convolution no wider than its rank"
     elif layer.is_experts:
         return "stacked experts, not in target_parameters"
     elif not _chosen(config.target_modules, layer):
@@ -351,7 +373,7 @@ def _why_not(layer: Layer, config: FiraConfig) -> str | None:
     # A module that is listed by its exact name needs no index, as in PEFT.
     admitted = [indices] if isinstance(indices, int) else indices
     modules = [] if isinstance(config.target_modules, str) else config.target_modules
-    exact = modules if layer.is_linear else config.target_parameters or []
+    exact = modules if layer.is_layer else config.target_parameters or []
     if admitted and layer.name not in exact and _layer_index(layer, config) not in admitted:
         return "not in layers_to_transform"
     return None

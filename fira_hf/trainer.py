@@ -19,9 +19,9 @@ from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import OptimizerNames, ParallelMode
 
 from . import int8
-from .config import ALL_LINEAR, LAYERWISE, PRESETS, FiraConfig, plain, unknown_name
+from .config import ALL_LINEAR, LAYERWISE, PRESETS, WORDS, FiraConfig, plain, unknown_name, word_or_regex
 from .factory import build_optimizer
-from .layers import linear_layers, weights
+from .layers import target_layers, weights
 from .layerwise import StepInBackward, step_in_backward
 from .optimizer import FiraAdamW
 from .targets import find_targets, other_than_linear, unmatched
@@ -343,8 +343,10 @@ def config_from_args(args: TrainingArguments, model: nn.Module) -> FiraConfig:
             )
     config = replace(file, **own, **settings)
     targets = args.optim_target_modules
-    if targets is None or (isinstance(targets, str) and targets.replace("_", "-") == ALL_LINEAR):
-        return config if targets is None else replace(config, target_modules=ALL_LINEAR)
+    if targets is None:
+        return config
+    if isinstance(targets, str) and word_or_regex(targets) in WORDS:
+        return replace(config, target_modules=targets)
     if file.layers_to_transform is not None:
         raise ValueError(
             f"{path!r} sets layers_to_transform={file.layers_to_transform!r}, which counts layers of its own "
@@ -429,14 +431,15 @@ def _trainer_targets(model: nn.Module, targets: Any) -> str:
     names = [targets] if isinstance(targets, str) else targets
     if not isinstance(names, list) or not names or not all(isinstance(entry, str) and entry for entry in names):
         raise ValueError(
-            f"optim_target_modules={targets!r} must be 'all-linear', a regular expression, or a list of names."
+            f"optim_target_modules={targets!r} must be {', '.join(map(repr, WORDS))}, a regular expression, or a list "
+            "of names."
         )
-    layers = linear_layers(model)
+    layers = target_layers(model)
     for entry in names:
         probe = entry if isinstance(targets, str) else [entry]
         found = [layer for layer in layers if check_target_module_exists(probe, layer.name)]
         if not any(layer.weight.requires_grad for layer in found):
-            why = "matches only frozen weights" if found else "matches no linear layer"
+            why = "matches only frozen weights" if found else "matches no linear layer or convolution"
             matched = functools.partial(check_target_module_exists, probe)
             setting = "target_parameters of a FiraConfig (config=PATH)"
             if hint := other_than_linear(weights(model), matched, setting):

@@ -26,7 +26,8 @@ dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 
 class Model(torch.nn.Module):
-    \"\"\"Tall, wide and square matrices, one stored (in, out), one with fewer rows than processes, and a stack.\"\"\"
+    \"\"\"Tall, wide and square matrices, one stored (in, out), one with fewer rows than processes, a stack, two
+    convolutions.\"\"\"
 
     def __init__(self):
         super().__init__()
@@ -34,6 +35,7 @@ class Model(torch.nn.Module):
         self.layers = torch.nn.ModuleList(torch.nn.Linear(a, b) for a, b in widths)
         self.layers.insert(3, Conv1D(100, 100))
         self.experts = torch.nn.Parameter(torch.randn(5, 80, 80) / 9)
+        self.convolutions = torch.nn.ModuleList([torch.nn.Conv1d(8, 20, 3, padding=1), torch.nn.Conv1d(20, 80, 1)])
         self.norm = torch.nn.LayerNorm(80)
         self.head = torch.nn.Linear(80, 2)
 
@@ -43,6 +45,8 @@ class Model(torch.nn.Module):
         for i, expert in enumerate(self.experts):
             chosen = torch.arange(len(x)) % 4 == i  # the last one is never chosen
             x = x + chosen[:, None] * torch.tanh(x @ expert)
+        wide, tall = self.convolutions
+        x = x + tall(torch.tanh(wide(x.unflatten(1, (8, 10))))).mean(2)
         x = self.norm(x)
         return torch.cat([x, self.head(x)], dim=1)
 
@@ -60,6 +64,7 @@ def build(sharded, replicas=1):
 def prepare(model, **settings):
     defaults = {"projection": "power", "moments": "rotated", "weight_decay": 0.1, "lr": 1e-3}
     defaults |= {"rank": 8, "update_proj_gap": 6, "target_parameters": ["experts"]}
+    defaults |= {"target_modules": "all-linear-and-conv"}
     return get_fira_optimizer(model, FiraConfig(**(defaults | settings)))
 
 def train(model, optimizer, first, last, sharded, watch=None):

@@ -112,7 +112,7 @@ PARAMETRIZED = {
 @pytest.mark.parametrize(("parametrize", "matrix"), PARAMETRIZED.values(), ids=PARAMETRIZED)
 def test_a_parametrized_layer_names_the_matrix_that_can_be_projected(parametrize, matrix, tmp_path):
     model = nn.ModuleDict({"fc": parametrize(nn.Linear(8, 8)), "other": nn.Linear(8, 4)})
-    named = rf"target_modules: 'fc' matches no linear layer, but parameters such as {matrix}, which target_parameters"
+    named = rf"target_modules: 'fc' matches no linear layer .*, but .* such as {matrix}, which target_parameters"
     for targets in (["fc"], "fc"):
         with pytest.raises(ValueError, match=rf"^{named} names"):
             find_targets(model, FiraConfig(target_modules=targets))
@@ -151,14 +151,25 @@ def build_convolutions() -> nn.Module:
 @pytest.mark.parametrize("name", ["one", "two", "depthwise", "transposed"])
 def test_a_convolution_is_never_taken_for_a_stack(name, tmp_path):
     model = build_convolutions()
-    wrong = rf"target_parameters: '{name}.weight' matches {name}.weight, of shape \(.*, a convolution, .* leave it out"
+    wrong = rf"target_parameters: '{name}.weight' matches .*, a convolution, .*: name '{name}' in target_modules"
     with pytest.raises(ValueError, match=wrong):
         find_targets(model, FiraConfig(target_parameters=[f"{name}.weight"]))
-    wrong = rf"target_modules: '{name}' matches no linear layer, but the convolution {name}.weight.* leave it out"
+    (chosen,) = (
+        t for t in find_targets(model, FiraConfig(target_modules=["linear", name])).projected if name in t.name
+    )
+    groups = trainer_groups(model, "fira", ["linear", name], tmp_path)
+    (of_trainer,) = (group for group in groups if f"{name}.weight" in group["param_names"])
+    assert chosen.convolution and chosen.matrices == 1 and of_trainer["convolution"]
+
+
+def test_the_kernels_of_a_parametrized_convolution_are_not_found_by_its_name(tmp_path):
+    wrong = (
+        r"target_modules: 'normed' matches no linear layer or convolution, but the convolution normed\..*leave it out"
+    )
     with pytest.raises(ValueError, match=f"^{wrong}"):
-        find_targets(model, FiraConfig(target_modules=["linear", name]))
+        find_targets(build_convolutions(), FiraConfig(target_modules=["linear", "normed"]))
     with pytest.raises(ValueError, match=f"^optim_{wrong}"):
-        trainer_groups(model, "fira", ["linear", name], tmp_path)
+        trainer_groups(build_convolutions(), "fira", ["linear", "normed"], tmp_path)
 
 
 def test_the_kernels_of_a_parametrized_convolution_are_no_stack_either():
@@ -167,12 +178,12 @@ def test_the_kernels_of_a_parametrized_convolution_are_no_stack_either():
             find_targets(build_convolutions(), FiraConfig(target_parameters=[name]))
 
 
-def test_a_part_of_a_name_that_finds_a_convolution_too_can_say_more():
-    with pytest.raises(ValueError, match="'weight' matches .*: give more of the name, or leave it out"):
+def test_a_part_of_a_name_that_finds_a_convolution_too():
+    with pytest.raises(ValueError, match="'weight' matches .*, a convolution, .*: name 'one' in target_modules"):
         find_targets(build_convolutions(), FiraConfig(target_parameters=["weight"]))
     assert projected(build_convolutions()) == ["linear.weight"]
     del (model := build_convolutions())["linear"]
-    with pytest.raises(ValueError, match=r"what is trained \(.*Conv1d.* Fira does not project: use AdamW"):
+    with pytest.raises(ValueError, match=r"convolutions such as one are trained: set target_modules="):
         find_targets(model, FiraConfig())
 
 
