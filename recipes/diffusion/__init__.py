@@ -1,0 +1,1 @@
+"""Fira beside LoRA, GaLore and AdamW on small diffusion models of handwritten digits."""
