@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from recipes import intervals
 from recipes.commonsense.tasks import TASKS
 from recipes.report import by_method
 from recipes.settings import BEFORE
 
 REFERENCES = (BEFORE, "lora")
-RESAMPLES = 9999
 
 
 def differences(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def differences(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for reference in (name for name in REFERENCES if name in of_methods):
         for method, of_one in of_methods.items():
             if method not in (BEFORE, reference):
-                accuracy, loss = (figure(of_one, of_methods[reference]) for figure in (_accuracy, _loss))
+                accuracy, loss = (figure(of_one, of_methods[reference]) for figure in (_accuracy, intervals.of_losses))
                 if accuracy or loss:
                     found.append({"method": method, "minus": reference, "accuracy": accuracy, "loss": loss})
     return found
@@ -38,7 +38,7 @@ def _accuracy(of_one: list[dict[str, Any]], others: list[dict[str, Any]]) -> dic
     better, worse: on how many questions the method is. With one seed they are the discordant pairs; with several the
     test is the sign test on the means.
     """
-    tasks = [task for task in TASKS if _shared([run["accuracy"].get(task) for run in [*of_one, *others]])]
+    tasks = [task for task in TASKS if intervals.shared([run["accuracy"].get(task) for run in [*of_one, *others]])]
     if not tasks:
         return None
 
@@ -49,39 +49,7 @@ def _accuracy(of_one: list[dict[str, Any]], others: list[dict[str, Any]]) -> dic
     every = np.concatenate(by_task)
     better, worse = int((every > 0).sum()), int((every < 0).sum())
     p = stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
-    return {**_interval(by_task), "tasks": tasks, "better": better, "worse": worse, "mcnemar_p": float(p)}
-
-
-def _loss(of_one: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Difference of the mean over held-out examples of the mean loss of their answers, in nats, and its interval."""
-    if not _shared([run.get("held_out") for run in [*of_one, *others]]):
-        return None
-    means = [np.mean([run["held_out"]["losses"] for run in runs], axis=0) for runs in (of_one, others)]
-    return _interval([means[0] - means[1]])
-
-
-def _shared(records: list[dict[str, Any] | None]) -> bool:
-    """Whether all were recorded on the same questions."""
-    found = {None if record is None else record.get("fingerprint") for record in records}
-    return len(found) == 1 and None not in found
-
-
-def _mean_of_means(*strata: np.ndarray, axis: int = -1) -> np.ndarray:
-    return np.mean([stratum.mean(axis=axis) for stratum in strata], axis=0)
-
-
-def _interval(strata: list[np.ndarray]) -> dict[str, Any]:
-    """The mean of the strata's means with its 95% bootstrap interval; None where a stratum has a single value.
-
-    The values are drawn anew within each stratum, which all count alike.
-    """
-    interval = None
-    if min(map(len, strata)) > 1:
-        drawn = stats.bootstrap(
-            strata, _mean_of_means, method="percentile", n_resamples=RESAMPLES, batch=200, random_state=0
-        )
-        interval = [float(end) for end in drawn.confidence_interval]
-    return {"difference": float(_mean_of_means(*strata)), "interval": interval}
+    return {**intervals.interval(by_task), "tasks": tasks, "better": better, "worse": worse, "mcnemar_p": float(p)}
 
 
 def sentences(found: list[dict[str, Any]]) -> list[str]:
