@@ -8,7 +8,6 @@ from peft import LoraConfig
 from torch import nn
 
 from fira_hf import FiraConfig, get_fira_optimizer
-from fira_hf.memory import estimate_memory
 from fira_hf.targets import find_targets
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install '.[diffusion]'")
@@ -80,29 +79,50 @@ def train_one_step(model: nn.Module, inputs: dict, config: FiraConfig) -> tuple[
     optimizer = get_fira_optimizer(model, config)
     model(**inputs).sample.square().mean().backward()
     optimizer.step()
-    held = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
-    if all(p.grad is not None for p in model.parameters() if p.requires_grad):
-        assert held == estimate_memory(model, config).optimizer_state
     return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}, optimizer.summary
 
 
+def expected(model: nn.Module) -> dict[str, bool]:
+    """The weights of all linear layers, and of the convolutions that are wider than the rank, which are True."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            found[f"{name}.weight"] = False
+        elif isinstance(module, nn.Conv2d):
+            out = module.out_channels
+            if min(out, module.weight.numel() // out) > RANK:
+                found[f"{name}.weight"] = True
+    return found
+
+
+# What has no gradient: the last layer of SD3 makes nothing of the text.
+UNUSED = {"SD3Transformer2DModel": {"transformer_blocks.1.attn.add_q_proj.weight"}}
+
+
 @pytest.mark.parametrize(
-    ("build", "matrices", "of_convolutions"),
-    [(dit, 0, 0), (sd3, 0, 0), (pixart, 0, 0), (unet, 0, 0), (vae, 0, 0)],
-    ids=["DiT", "SD3", "PixArt", "UNet", "AutoencoderKL"],
+    ("build", "memory_format"),
+    [
+        (dit, torch.contiguous_format),
+        (sd3, torch.contiguous_format),
+        (pixart, torch.contiguous_format),
+        (unet, torch.contiguous_format),
+        (unet, torch.channels_last),
+        (vae, torch.channels_last),
+    ],
+    ids=["DiT", "SD3", "PixArt", "UNet", "UNet channels_last", "AutoencoderKL channels_last"],
 )
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["", "channels_last"])
-def test_every_projected_matrix_moves(build, matrices, of_convolutions, memory_format):
+def test_every_projected_matrix_moves(build, memory_format):
     torch.manual_seed(0)
     model, inputs = build()
     model.to(memory_format=memory_format)
     config = FiraConfig(rank=RANK, target_modules="all-linear-and-conv")
-    projected = find_targets(model, config).projected
+    projected = {target.name: target.convolution for target in find_targets(model, config).projected}
+    assert projected == expected(model)
     moved, summary = train_one_step(model, inputs, config)
-    assert {target.name for target in projected} <= moved
-    counts = len(projected), sum(target.convolution for target in projected)
-    assert counts == (matrices, of_convolutions)
-    assert f"Fira projects {matrices} matrices " in summary
+    assert projected.keys() - moved == UNUSED.get(type(model).__name__, set())
+    assert f"Fira projects {len(projected)} matrices " in summary
+    has_many = sum(projected.values()) > 20
+    assert has_many == (build in (unet, vae))
 
 
 def test_the_adapter_of_a_unet():
