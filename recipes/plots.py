@@ -52,7 +52,7 @@ def plot_losses(
     figures before training, of which those that a panel shows get a line.
     """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    axes = figure.subplots(1, len(panels))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     others = [method for method in dict.fromkeys(run["method"] for run in runs) if method not in STYLES]
     for axis, (key, title, label, scale) in zip(axes, panels, strict=True):
         for run in runs:

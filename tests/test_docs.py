@@ -23,7 +23,7 @@ TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MUL
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*).*?\n(?P<body>.*?)^ *```\s*?$", re.MULTILINE | re.DOTALL)
 MAJOR = transformers.__version__.split(".")[0]
 REASON = re.compile(rf"<!-- not run(?: with transformers {MAJOR})?: (.+?) -->\s*\Z")
-RECIPES = {"recipes.commonsense", "recipes.pretraining"}  # what they train is said by experiments
+RECIPES = {"recipes.commonsense", "recipes.diffusion", "recipes.pretraining"}  # what they train is said by experiments
 OTHERS = {
     "cd",
     "git",
@@ -84,6 +84,8 @@ BASH = [block for block in BLOCKS if block.language in {"bash", "sh", "shell", "
 )
 def test_python_runs(page: Path, tmp_path: Path) -> None:
     """The blocks of a page run in order as one program, each on its lines of the page: a traceback names them."""
+    if page.name == "diffusion.md":
+        pytest.importorskip("diffusers", reason="diffusers is not installed: pip install '.[diffusion]'")
     lines = [""] * len(page.read_text(encoding="utf-8").splitlines())
     for block in read_blocks(page):
         if block in PYTHON and not block.reason:
