@@ -127,14 +127,21 @@ def summarize(model: nn.Module, plan: TargetPlan) -> str:
             numel[other.reason] += other.parameter.numel()
         reasons = "; ".join(f"{reason}: {numel[reason]:,} in {count[reason]}" for reason in count)
         lines.append(f"Not projected, trained by AdamW ({reasons}).")
-    frozen = sum(_count(p) for p in model.parameters() if not p.requires_grad)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
     if frozen:
-        lines.append(f"Frozen: {frozen:,} parameters.")
+        quantised = sum(parameter_count(p) for p in frozen if _is_4bit(p))
+        among = f", {quantised:,} of them in 4 bits" if quantised else ""
+        lines.append(f"Frozen: {sum(map(parameter_count, frozen)):,} parameters{among}.")
     state, adamw = plan.state_bytes, sum(map(adamw_state_bytes, projected + skipped))
     lines.append(f"Optimizer state: {state:,} bytes; AdamW's would be {adamw:,} ({state / adamw:.1%}).")
     return "\n".join(lines)
 
 
-def _count(p: nn.Parameter) -> int:
-    """Parameters, as PEFT counts them: bitsandbytes packs two of a 4-bit base into each byte."""
-    return 2 * p.numel() * p.element_size() if type(p).__name__ == "Params4bit" else p.numel()
+def _is_4bit(p: nn.Parameter) -> bool:
+    """Whether bitsandbytes, which is not imported for that, has packed two parameters into each byte."""
+    return type(p).__name__ == "Params4bit"
+
+
+def parameter_count(p: nn.Parameter) -> int:
+    """Parameters, as PEFT counts them."""
+    return 2 * p.numel() * p.element_size() if _is_4bit(p) else p.numel()

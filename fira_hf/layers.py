@@ -71,6 +71,11 @@ class Layer:
         return self.weight.ndim > 1 and self.weight.numel() == 0
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether it holds codes in place of numbers, as a base in 4 bits: it cannot be trained."""
+        return not self.weight.is_floating_point()
+
+    @property
     def is_matrix(self) -> bool:
         """Whether it is a matrix or a stack of them. The kernels of a convolution are none, whatever their shape."""
         return self.weight.ndim in (2, 3) and not self.is_convolution

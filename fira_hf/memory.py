@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import int8
 from .config import ALL_LINEAR, ALL_LINEAR_AND_CONV, LAYERWISE, FiraConfig, unknown_name
+from .layers import linear_layers
 from .targets import FP32, adamw_state_bytes, find_targets
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ def estimate_memory(
     # Backward holds a gradient of a tied weight until it has the other.
     uses = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
     estimate = MemoryEstimate(
-        weights=int8.nbytes(model.parameters()),
+        weights=int8.nbytes(model.parameters()) + sum(_bytes(_scales(p)) for p in model.parameters()),
         gradients=max(uses[p] * _bytes([p]) for p in trainable) if layerwise else _bytes(trainable),
         optimizer_state=_state_bytes(model, config, optimizer),
     )
@@ -94,6 +96,14 @@ def _check_batch(batch_size: int | None, sequence_length: int | None) -> None:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _scales(p: Any) -> Iterator[Tensor]:
+    """What bitsandbytes keeps beside a quantised weight: a scale for each block, quantised itself, and tables."""
+    of = getattr(p, "quant_state", None)
+    while of is not None:
+        yield from (value for value in vars(of).values() if isinstance(value, Tensor))
+        of = of.state2
 
 
 def _state_bytes(model: nn.Module, config: FiraConfig | None, optimizer: str) -> int:
@@ -159,8 +169,9 @@ PEERS: dict[str, Callable[[Tensor, int | None], int]] = {
 class Method:
     """A way to train: whose state, and what LoRA leaves to train.
 
-    lora: None, no LoRA; "adapters": A and B alone, in fp32, as PEFT keeps them; "all": whatever LoRA does not wrap
-    (embeddings, norms, head) as well, and A and B in the dtype of the weights, as in pre-training.
+    lora: None, no LoRA; "adapters": A and B alone, in fp32, as PEFT keeps them; "4-bit": the same on a base in 4
+    bits; "all": whatever LoRA does not wrap (embeddings, norms, head) as well, and A and B in the dtype of the
+    weights, as in pre-training.
     """
 
     optimizer: str
@@ -177,6 +188,8 @@ METHODS = {
     "lora": Method("adamw", "adapters"),
     "relora": Method("adamw", "all"),
     "fira-on-lora": Method("fira", "adapters"),
+    "qlora": Method("adamw", "4-bit"),
+    "fira-on-qlora": Method("fira", "4-bit"),
 }
 INT8 = "int8"  # as a dtype of weights
 TRAIN_INT8 = ("adamw", "fira", LAYERWISE)  # methods
@@ -204,7 +217,8 @@ def predict_memory(
         rank, target_modules, state_dtype, base_optimizer, projection, residual: as in `FiraConfig`. LoRA wraps the
             same targets, and Fira on LoRA projects all of LoRA's matrices.
         lora_rank: of A and B; by default `rank`.
-        dtype: of the weights; "int8": those of all linear layers by torchao's quantised training, the rest bfloat16.
+        dtype: of the weights; where the base is in 4 bits, of its products, and all else is in fp32; "int8": linear
+            layers by torchao's quantised training, the rest bfloat16.
 
     Raises:
         ValueError: as `estimate_memory`; there is no such method, or the model is no causal language model.
@@ -274,9 +288,68 @@ def build_on_meta(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
     return model
 
 
+def quantise(model: PreTrainedModel) -> None:
+    """Makes of a model on the meta device what `BitsAndBytesConfig` (NF4, double quantisation) and PEFT's
+    `prepare_model_for_kbit_training` make of it: all linear layers but the head in 4 bits, the rest in fp32, frozen.
+
+    Products are computed in the dtype that the model has.
+    """
+    from peft import prepare_model_for_kbit_training
+
+    dtype = model.dtype
+    for layer in linear_layers(model):
+        if not layer.is_head:
+            model.set_submodule(layer.name, _Linear4bit(model.get_submodule(layer.name), layer.transposed, dtype))
+    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+class Params4bit(nn.Parameter):
+    """Named as that of bitsandbytes, since PEFT and `factory.summarize` know it by its name: two weights to a byte."""
+
+    quant_state: Any
+
+
+class _Linear4bit(nn.Linear):
+    """By its shapes what bitsandbytes makes of a linear layer: for each product the weight is unpacked anew."""
+
+    def __init__(self, layer: Any, transposed: bool, dtype: torch.dtype) -> None:
+        rows, columns = layer.weight.shape[::-1] if transposed else layer.weight.shape
+        super().__init__(columns, rows, bias=layer.bias is not None, device="meta", dtype=dtype)
+        self.dtype = dtype
+        blocks = -(-rows * columns // 64)
+        self.weight = Params4bit(_numbers(-(-rows * columns // 2), 1, dtype=torch.uint8), requires_grad=False)
+        of_scales = SimpleNamespace(absmax=_numbers(-(-blocks // 256)), code=_numbers(256), state2=None)
+        self.weight.quant_state = SimpleNamespace(
+            absmax=_numbers(blocks, dtype=torch.uint8), code=_numbers(16), offset=_numbers(()), state2=of_scales
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = _Unpacked.apply(x.to(self.dtype), self.out_features)
+        return (product if self.bias is None else product + self.bias.to(self.dtype)).to(x.dtype)
+
+
+class _Unpacked(torch.autograd.Function):
+    """x (..., in) -> (..., out) by a weight that is there for the product alone, in forward and in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: int) -> Tensor:
+        ctx.shape = (rows, x.shape[-1])
+        return nn.functional.linear(x, x.new_empty(ctx.shape))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ grads[0].new_empty(ctx.shape), None
+
+
+def _numbers(*shape: Any, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
 def _add_lora(model: PreTrainedModel, rank: int, target_modules: str | list[str], trained: str) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
+    if trained == "4-bit":
+        quantise(model)
     lora = LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules=target_modules)
     wrapped = get_peft_model(model, lora, low_cpu_mem_usage=True)
     if trained == "all":

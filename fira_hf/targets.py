@@ -33,6 +33,7 @@ from .layers import Layer, weights
 from .state import kept_tensors, state_dtype_of
 
 FP32 = 4  # bytes
+ADAPTERS = "add adapters (PEFT's LoRA)"  # the way out for who would train quantised weights
 
 
 @dataclass(eq=False)  # as all below: a weight has no one truth value that a comparison could use
@@ -183,6 +184,8 @@ def _check_entries(config: FiraConfig, everything: list[Layer], candidates: list
         if any(layer.weight.requires_grad for layer in found):
             continue
         why = "matches only frozen weights" if found else "matches no module of the model"
+        if found and all(layer.is_quantised for layer in found):
+            why = f"matches only quantised weights, which cannot be trained: {ADAPTERS}"
         if not found and any(matches(probe, name) for name in names):
             why = "matches no linear layer or convolution"
         if hint := other_than_linear(everything, partial(matches, probe)):
@@ -309,7 +312,9 @@ def _no_linear_layer(everything: list[Layer]) -> ValueError:
     named = [layer.parameters[0] for layer in trained if layer.is_worth_naming]
     kinds = ", ".join(sorted({layer.kind for layer in trained}))
     convolutions = [layer.name for layer in trained if layer.is_conv]
-    if convolutions:
+    if any(layer.is_linear and layer.is_quantised for layer in everything):
+        what = f"its linear layers are quantised and frozen: {ADAPTERS}"
+    elif convolutions:
         what = f"convolutions such as {convolutions[0]} are trained: set target_modules={ALL_LINEAR_AND_CONV!r}"
     elif named:
         what = f"matrices such as {' and '.join(named[:2])} are trained: name them in target_parameters"
@@ -328,10 +333,10 @@ def _none_left(config: FiraConfig, layers: list[Layer], reasons: dict[nn.Paramet
         way = f"Change {' or '.join(f'{name}={value!r}' for name, value in said.items())}"
     else:
         heads = sorted({layer.name for layer in layers if layer.weight in reasons and not layer.is_empty})
-        frozen = [layer.weight for layer in layers if not layer.weight.requires_grad]
-        is_quantised = any(not p.is_floating_point() for p in frozen)
+        frozen = [layer for layer in layers if not layer.weight.requires_grad]
+        is_quantised = any(layer.is_quantised for layer in frozen)
         others = f"The other linear layers ({len(frozen)}) are {'quantised and ' * is_quantised}frozen"
-        ways = ["add adapters" if is_quantised else "train them"] if frozen else []
+        ways = [ADAPTERS if is_quantised else "train them"] if frozen else []
         ways += [f"name {' and '.join(map(repr, heads[:3]))} in target_modules"] if heads else []
         way = f"{others}: " if frozen else ""
         way += " or ".join(ways) or "Use AdamW"

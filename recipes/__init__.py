@@ -3,5 +3,5 @@
 import logging
 
 # On some CPUs bitsandbytes, which transformers and PEFT import if it is there, warns in every process that it has no
-# fast product of 4-bit weights. No recipe has such weights.
+# fast product of 4-bit weights. No recipe uses it: it has no gradient.
 logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)

@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,6 +35,26 @@ EMBEDDED_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 def load_model(name: str, dtype: str) -> PreTrainedModel:
     return _load(AutoModelForCausalLM, name, dtype=getattr(torch, dtype))
+
+
+def load_in_4_bits(name: str, dtype: str, device: torch.device) -> PreTrainedModel:
+    """The model on the device, its linear layers but the head in 4 bits (NF4, double quantisation); their products are
+    computed in the dtype.
+    """
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
+    placed = {"quantization_config": settings, "device_map": {"": device}}
+    model = _load(AutoModelForCausalLM, name, dtype=getattr(torch, dtype), **placed)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # On CPUs with AVX512-BF16 an evaluation would repack the weights, for a product that has no gradient:
+            # what is trained after it, all but the last adapters, would stand still (bitsandbytes 0.50.2).
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def load_tokenizer(name: str, **settings) -> PreTrainedTokenizerBase:

@@ -29,6 +29,8 @@ STYLES = {  # colour and marker
     "muon": ("#B39DD6", "p"),
     "fira-on-lora": ("#E69F00", "s"),
     "fira-hf": ("#E69F00", "s"),
+    "qlora": ("#0072B2", "X"),
+    "fira-on-qlora": ("#E69F00", "X"),
     "galore": ("#CC79A7", "v"),
     "galore-full": ("#CC79A7", "v"),
     "galore-on-lora": ("#E8BCD6", "o"),

@@ -26,10 +26,13 @@ BEFORE = "before training"  # in the place of a method: the model as it is
 
 @dataclass(frozen=True)
 class Method:
-    """What defines a method: whether LoRA wraps the model, and which optimizers it may use (the first by default)."""
+    """What defines a method: whether LoRA wraps the model, which optimizers it may use (the first by default), and
+    whether the weights that LoRA wraps are in 4 bits.
+    """
 
     lora: bool
     optimizers: tuple[str, ...]
+    four_bits: bool = False
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,8 @@ def write_preset(folder: Path, model: Path, data: Path) -> Path:
     }
     methods |= {
         "lora": lora,
+        "qlora": lora,
+        "fira-on-qlora": lora | fira,
         "lora-equal-bytes": {"lora_rank": 8},
         "dora": lora,
         "relora": lora | {"relora_interval": 6, "relora_warmup": 2},

@@ -16,8 +16,7 @@ from fira_hf.cli import main
 from fira_hf.memory import METHODS
 from recipes.commonsense import train
 from recipes.commonsense.dry_run import predict_memory as predict_dry_run
-from recipes.commonsense.model import wrap
-from recipes.models import load_without_weights
+from recipes.commonsense.dry_run import shapes
 from recipes.settings import load_settings
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +125,7 @@ def test_the_page_shows_what_the_command_prints(monkeypatch, capsys):
         assert capsys.readouterr().out == output
 
 
-@pytest.mark.parametrize("method", ["adamw-full", "fira-full", "fira-on-lora", "lora", "galore-full"])
+@pytest.mark.parametrize("method", ["adamw-full", "fira-full", "fira-on-lora", "fira-on-qlora", "lora", "galore-full"])
 def test_the_dry_run_of_the_recipe_says_the_same(method, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     config = tmp_path / "config.json"
@@ -139,7 +138,7 @@ def test_the_dry_run_of_the_recipe_says_the_same(method, tmp_path, monkeypatch, 
     training.gradient_accumulation_steps = 1
     if "lora" in method:
         arguments.lora_dropout = 0.0  # PEFT's default
-    model = wrap(load_without_weights(arguments.model, arguments.dtype, arguments.model_config), arguments)
+    model = shapes(arguments)
     dry = predict_dry_run(model, arguments, training)
     capsys.readouterr()
     name = method.removesuffix("-full")

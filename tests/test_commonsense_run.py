@@ -45,6 +45,8 @@ def losses(result: dict) -> list[tuple]:
 def test_every_method_trains_and_records_what_it_did(preset, method, tmp_path):
     if method.startswith("galore"):
         pytest.importorskip("galore_torch")  # with bitsandbytes, which is not built for every system
+    if method.endswith("qlora"):
+        pytest.importorskip("bitsandbytes")
     result = run(preset, method, tmp_path, "--eval_strategy", "steps", "--eval_steps", "7")
     assert result["status"] == "ok"
     assert result["steps"] == 14
@@ -86,7 +88,7 @@ def test_every_method_trains_and_records_what_it_did(preset, method, tmp_path):
         loaded = PeftModel.from_pretrained(model, tmp_path / "model")
         assert loaded.peft_config["default"].use_dora == (method == "dora")
     adamw_state = 2 * 4 * result["trainable_parameters"]
-    if method in ("lora", "lora-equal-bytes", "dora", "relora", "adamw-full"):
+    if method in ("lora", "qlora", "lora-equal-bytes", "dora", "relora", "adamw-full"):
         assert result["optimizer_state_bytes"] == pytest.approx(adamw_state, rel=1e-2)
     else:
         assert result["optimizer_state_bytes"] < adamw_state
@@ -97,6 +99,28 @@ def test_fira_on_lora_projects_a_and_b_and_fira_full_the_weights(preset, tmp_pat
     assert "Fira projects 20 matrices" in capsys.readouterr().out
     run(preset, "fira-full", tmp_path / "b", "--max_steps", "1")
     assert "Fira projects 10 matrices" in capsys.readouterr().out
+
+
+def test_evaluations_and_a_resume_change_nothing_on_a_base_of_4_bits(preset, tmp_path, capsys):
+    """On CPUs with AVX512-BF16 an evaluation would, by what bitsandbytes makes of the base for it."""
+    pytest.importorskip("bitsandbytes")
+    words = ["--lora_dropout", "0", "--logging_steps", "1", "--max_steps", "6", "--save_steps", "3"]
+    words += ["--tasks", "boolq", "--max_test_per_task", "2", "--val_set_size", "2"]
+    whole = run(preset, "fira-on-qlora", tmp_path / "whole", *words)
+    words += ["--eval_strategy", "steps", "--eval_steps", "1"]
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure.StepTime, "on_step_begin", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(preset, "fira-on-qlora", tmp_path / "stopped", *words)
+    resumed = run(preset, "fira-on-qlora", tmp_path / "stopped", *words)
+    assert "checkpoint-3" in capsys.readouterr().out
+    assert [entry for entry in losses(resumed) if entry[1]] == [entry for entry in losses(whole) if entry[1]]
+    assert (resumed["accuracy"], resumed["eval_loss"]) == (whole["accuracy"], whole["eval_loss"])
 
 
 def test_state_bytes_counts_what_is_inside_objects():

@@ -93,6 +93,7 @@ def test_lists_and_mappings_reach_the_parser():
         ("method: lora", ["--optim", "fira"], "method lora cannot use optim fira; leave optim out"),
         ("method: fira-full", ["--optim", "adamw_torch"], "method fira-full cannot use optim adamw_torch"),
         ("method: fira-full", ["--lora_rank", "8"], "method fira-full has no LoRA, but lora_rank is set"),
+        ("method: fira-on-qlora", ["--fsdp", "full_shard"], "fira-on-qlora does not run .* or method fira-on-lora"),
         ("method: lora", ["--optim_target_modules", "x"], "optim_target_modules cannot be set here: it follows from"),
         ("method: lora", ["--report_to", "wandb"], "report_to cannot be set here: .* logs in nowhere"),
         ("method: lora", ["x"], "'x' is not a setting; write --key value"),
@@ -172,6 +173,8 @@ def test_dry_run_of_llama_7b_needs_no_weights(method, tmp_path, capsys, monkeypa
         "dora": [f"trains {56_098_816 + 32 * (4 * 4096 + 11008):,} of"],
         "relora": ["trains 56,098,816 of 6,794,514,432", "optimizer state     0.418 GiB"],
         "flora-on-lora": ["Fira projects 320 matrices (320 at rank 16) with 56,098,816 of 56,098,816"],
+        "qlora": ["trains 56,098,816 of 6,794,514,432", "weights             4.298 GiB"],
+        "fira-on-qlora": ["Frozen: 6,738,415,616 parameters, 6,476,005,376 of them in 4 bits"],
         "galore-on-lora": ["trains 56,098,816 of 6,794,514,432"],
     }
     for text in expected[method]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from torch import nn
@@ -223,44 +221,6 @@ def test_what_restricts_is_what_the_error_says_to_change():
     model.model.layers[0].self_attn.q_proj.requires_grad_(True)
     with pytest.raises(ValueError, match=r"Change exclude_modules=\['q_.*'\] or layers_to_transform=\[0\]\.$"):
         find_targets(model, FiraConfig(**settings))
-
-
-# --------------------------------------------------------------------------- a quantised base
-
-
-@pytest.fixture(scope="module")
-def quantised(tmp_path_factory):
-    """A LLaMA of two layers whose linear layers are of 4 bits, two weights to a byte."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        pytest.skip("needs bitsandbytes")
-    from transformers import BitsAndBytesConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("llama")
-    build_llama().save_pretrained(folder)
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-    return LlamaForCausalLM.from_pretrained(folder, quantization_config=settings).requires_grad_(False)
-
-
-def test_a_quantised_base_with_a_trained_head_says_what_is_the_case(quantised):
-    quantised.lm_head.requires_grad_(True)
-    try:
-        wrong = r"The other linear layers \(14\) are quantised and frozen: add adapters or name 'lm_head' in"
-        with pytest.raises(ValueError, match=wrong):
-            find_targets(quantised, FiraConfig())
-        assert projected(quantised, target_modules=["lm_head"]) == ["lm_head.weight"]
-    finally:
-        quantised.lm_head.requires_grad_(False)
-
-
-def test_frozen_parameters_are_counted_as_peft_counts_them(quantised):
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(quantised, LoraConfig(r=4, target_modules=["q_proj"]))
-    trained, total = model.get_nb_trainable_parameters()
-    summary = get_fira_optimizer(model, FiraConfig(rank=2)).summary
-    assert f"Frozen: {total - trained:,} parameters." in summary
-    assert total - trained == sum(p.numel() for p in build_llama().parameters())
-    model.unload()
 
 
 # --------------------------------------------------------------------------- matrices without elements

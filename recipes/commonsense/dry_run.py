@@ -8,13 +8,13 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
 from fira_hf import FiraConfig
-from fira_hf.factory import summarize
-from fira_hf.memory import MemoryEstimate, estimate_memory, switch_on_checkpointing
+from fira_hf.factory import parameter_count, summarize
+from fira_hf.memory import MemoryEstimate, estimate_memory, quantise, switch_on_checkpointing
 from fira_hf.targets import find_targets
 from fira_hf.trainer import config_from_args
 from recipes.commonsense.data import load_questions, load_training
 from recipes.commonsense.model import wrap
-from recipes.commonsense.settings import RecipeArguments
+from recipes.commonsense.settings import METHODS, RecipeArguments
 from recipes.models import load_without_weights
 
 GIB = 1024**3
@@ -22,9 +22,9 @@ GIB = 1024**3
 
 def dry_run(arguments: RecipeArguments, training: TrainingArguments) -> None:
     """Print targets and predicted memory, then check the data. Raises ValueError or OSError where a run would fail."""
-    model = wrap(load_without_weights(arguments.model, arguments.dtype, arguments.model_config), arguments)
+    model = shapes(arguments)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(map(parameter_count, model.parameters()))
     print(f"{arguments.method} on {arguments.model}: trains {trainable:,} of {total:,} parameters")
     memory = predict_memory(model, arguments, training)
     for name in ("weights", "gradients", "optimizer_state", "activations", "total"):
@@ -36,6 +36,14 @@ def dry_run(arguments: RecipeArguments, training: TrainingArguments) -> None:
     print(f"Data: {len(train):,} training and {len(validation):,} validation examples")
     for task, questions in load_questions(arguments).items():
         print(f"  {task:<16}{len(questions):6,} questions")
+
+
+def shapes(arguments: RecipeArguments) -> PreTrainedModel | PeftModel:
+    """The model as the method trains it, without its weights."""
+    model = load_without_weights(arguments.model, arguments.dtype, arguments.model_config)
+    if METHODS[arguments.method].four_bits:
+        quantise(model)
+    return wrap(model, arguments)
 
 
 def predict_memory(

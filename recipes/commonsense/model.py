@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
 from fira_hf import FiraConfig
@@ -36,9 +36,10 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForSeq2Seq:
 
 def wrap(model: PreTrainedModel, arguments: RecipeArguments) -> PreTrainedModel | PeftModel:
     """The model as the method trains it: with LoRA around the target modules, or as it is."""
-    # Every entry must match; PEFT and GaLore ignore one that does not.
-    find_targets(model, FiraConfig(target_modules=arguments.target_modules))
-    if not METHODS[arguments.method].lora:
+    method, targets = METHODS[arguments.method], FiraConfig(target_modules=arguments.target_modules)
+    if not method.four_bits:
+        find_targets(model, targets)  # every entry must match; PEFT and GaLore ignore one that does not
+    if not method.lora:
         return model
     lora = LoraConfig(
         task_type="CAUSAL_LM",
@@ -48,6 +49,11 @@ def wrap(model: PreTrainedModel, arguments: RecipeArguments) -> PreTrainedModel 
         target_modules=arguments.target_modules,
         use_dora=arguments.method == "dora",
     )
+    if method.four_bits:
+        # Norms, embeddings and head in fp32. Gradient checkpointing is for TrainingArguments to say.
+        wrapped = get_peft_model(prepare_model_for_kbit_training(model, use_gradient_checkpointing=False), lora)
+        find_targets(wrapped, targets)  # which finds the adapters: what they wrap cannot be trained
+        return wrapped
     if arguments.method != "relora":
         return get_peft_model(model, lora, low_cpu_mem_usage=model.device.type == "meta")
     add_lora(model, lora, embeddings=False)

@@ -14,6 +14,8 @@ METHODS = {
     "relora": Method(lora=True, optimizers=ADAMW),
     "lora-equal-bytes": Method(lora=True, optimizers=ADAMW),
     "fira-on-lora": Method(lora=True, optimizers=("fira",)),
+    "qlora": Method(lora=True, optimizers=ADAMW, four_bits=True),
+    "fira-on-qlora": Method(lora=True, optimizers=("fira",), four_bits=True),
     "galore-on-lora": Method(lora=True, optimizers=("galore_adamw",)),
     "flora-on-lora": Method(lora=True, optimizers=("fira",)),
     "fira-full": Method(lora=False, optimizers=("fira",)),
@@ -46,7 +48,10 @@ class RecipeArguments(RestartArguments):
         default="smollm2-135m-instruct",
         metadata={"help": "The embedded model, or the path or hub name of any causal language model."},
     )
-    dtype: str = field(default="float32", metadata={"help": "Of the weights: float32, bfloat16 or float16."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Of the weights (of those in 4 bits: of their products): float32, bfloat16 or float16."},
+    )
     data_dir: str = field(
         default="recipes/commonsense/data", metadata={"help": "Folder with <task>/train.json and <task>/test.json."}
     )

@@ -12,6 +12,7 @@ import time
 import warnings
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from transformers import (
     PreTrainedTokenizerBase,
@@ -28,7 +29,7 @@ from recipes.commonsense.dry_run import dry_run
 from recipes.commonsense.model import collator, load_tokenizer, wrap
 from recipes.commonsense.scoring import answer_losses, fingerprint, score
 from recipes.commonsense.settings import METHODS, RECIPE, RecipeArguments
-from recipes.models import load_model
+from recipes.models import load_in_4_bits, load_model
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks transformers by the old name
 
@@ -36,6 +37,11 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # pe
 def parse(settings: dict[str, Any]) -> tuple[RecipeArguments, TrainingArguments]:
     """Settings -> typed arguments. Raises ValueError for an unknown key or a value of the wrong kind."""
     arguments, training = launch.parse(settings, RecipeArguments)
+    if METHODS[arguments.method].four_bits and (training.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP")):
+        raise ValueError(
+            f"method {arguments.method} does not run under FSDP, which would have to split weights of 4 bits: use DDP "
+            f"(accelerate/ddp.yaml), or method {arguments.method.replace('qlora', 'lora')}."
+        )
     if training.optim in ("fira", "galore_adamw"):
         is_lora = METHODS[arguments.method].lora
         training.optim_target_modules = ["lora_A", "lora_B"] if is_lora else arguments.target_modules
@@ -51,7 +57,11 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
     encoded = data.encode_all(train_records, tokenizer, arguments.cutoff_len, arguments.train_on_inputs)
     validation = encode_validation(validation_records, tokenizer, arguments)
     set_seed(training.seed)
-    model = wrap(load_model(arguments.model, arguments.dtype), arguments)
+    if METHODS[arguments.method].four_bits:
+        base = load_in_4_bits(arguments.model, arguments.dtype, training.device)
+    else:
+        base = load_model(arguments.model, arguments.dtype)
+    model = wrap(base, arguments)
     callbacks: list[TrainerCallback] = [measure.StepTime()]
     if training.optim == "fira":
         callbacks.append(fira_hf.FiraCallback())
