@@ -86,7 +86,10 @@ def test_python_runs(page: Path, tmp_path: Path) -> None:
     """The blocks of a page run in order as one program, each on its lines of the page: a traceback names them."""
     if page.name == "diffusion.md":
         pytest.importorskip("diffusers", reason="diffusers is not installed: pip install '.[diffusion]'")
-    lines = [""] * len(page.read_text(encoding="utf-8").splitlines())
+    text = page.read_text(encoding="utf-8")
+    if "BitsAndBytesConfig" in text:
+        pytest.importorskip("bitsandbytes")
+    lines = [""] * len(text.splitlines())
     for block in read_blocks(page):
         if block in PYTHON and not block.reason:
             for offset, line in enumerate(block.body.splitlines()):
