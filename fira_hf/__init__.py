@@ -2,7 +2,7 @@
 
 from .callbacks import FiraCallback
 from .config import PRESETS, PUBLISHED, FiraConfig
-from .factory import get_fira_optimizer
+from .factory import fira_adamw, get_fira_optimizer
 from .optimizer import FiraAdamW
 from .trainer import register
 from .wrappers import unwrapped
@@ -14,6 +14,7 @@ __all__ = [
     "FiraAdamW",
     "FiraCallback",
     "FiraConfig",
+    "fira_adamw",
     "get_fira_optimizer",
     "register",
     "unwrapped",

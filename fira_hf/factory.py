@@ -56,6 +56,27 @@ def get_fira_optimizer(model: nn.Module, config: FiraConfig | None = None) -> Fi
     return optimizer
 
 
+def fira_adamw(params: Iterable[Any], lr: float = FiraConfig.lr, **settings: Any) -> FiraAdamW:
+    """The optimizer for parameters, or groups of them, whose model is not at hand: every matrix is projected.
+
+    For programs that make an optimizer by a dotted name and keywords, such as sd-scripts and musubi-tuner. `settings`
+    are those of `FiraConfig` that choose no layers: `rank`, `gamma`, `weight_decay` and so on. Groups keep their own
+    learning rate and weight decay.
+
+    Raises:
+        ValueError: a setting is not valid, or there is no matrix that is trained.
+    """
+    entries = list(params)
+    groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    weights = nn.ParameterList(p for group in groups for p in group["params"])
+    trained = [(name, p) for name, p in weights.named_parameters() if p.requires_grad]
+    matrices = [name for name, p in trained if p.ndim == 2 and min(p.shape) > 1]
+    if not matrices:
+        raise ValueError(f"fira_adamw is given no matrix that is trained, but {len(weights)} others: use AdamW.")
+    return build_optimizer(weights, FiraConfig(lr=lr, target_parameters=matrices, **settings), groups)
+
+
 def build_optimizer(model: nn.Module, config: FiraConfig, params: Iterable[Any]) -> FiraAdamW:
     """The optimizer for given groups (or one list) of trainable weights, each of them split into projected and not.
 

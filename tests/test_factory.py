@@ -11,7 +11,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from conftest import build_llama, build_mixtral, build_tokens
-from fira_hf import FiraAdamW, FiraConfig, get_fira_optimizer
+from fira_hf import FiraAdamW, FiraConfig, fira_adamw, get_fira_optimizer
 from fira_hf.memory import estimate_memory
 from fira_hf.targets import find_targets
 
@@ -281,3 +281,32 @@ def test_the_first_step_moves_every_trainable_weight():
 def test_a_model_that_has_nothing_to_project_is_an_error():
     with pytest.raises(ValueError, match="(?i)linear"):
         get_fira_optimizer(nn.LayerNorm(4), FiraConfig())
+
+
+def test_parameters_without_their_model_train_as_with_it():
+    """As sd-scripts and musubi-tuner make an optimizer: groups with the values of a dict and a rate, and keywords."""
+    tokens = torch.arange(16).view(2, 8)
+    trained = []
+    for by_name in (True, False):
+        model = build_lora()
+        weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if by_name:
+            optimizer = fira_adamw([{"params": weights.values(), "lr": 1e-2}], lr=1.0, rank=2, update_proj_gap=2)
+        else:
+            optimizer = get_fira_optimizer(model, FiraConfig(rank=2, update_proj_gap=2, lr=1e-2))
+        for _ in range(3):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        trained.append(weights)
+    assert all(torch.equal(p, trained[1][name]) for name, p in trained[0].items())
+
+
+def test_of_parameters_without_a_model_matrices_are_projected():
+    weights = [nn.Parameter(torch.ones(shape)) for shape in ((8, 6), (4, 3, 3, 3), (5,), (7, 1))]
+    optimizer = fira_adamw(weights, lr=1e-3, rank=2)
+    assert [(group.get("rank"), len(group["params"])) for group in optimizer.param_groups] == [(2, 1), (None, 3)]
+    with pytest.raises(TypeError, match="rnk"):
+        fira_adamw(weights, rnk=2)
+    with pytest.raises(ValueError, match="no matrix that is trained, but 3 others"):
+        fira_adamw(weights[1:], rank=2)
