@@ -1,6 +1,6 @@
 """Which learning rate and rank serve on LoRA's matrices: AdamW, Fira here, and pytorch_optimizer's Fira.
 
-    python -m recipes.benchmarks.lora_rates --data data/english --lora_data data/german [--output FILE]
+    python -m recipes.benchmarks.lora_rates --data data/english data/german [--output FILE]
 
 A small LLaMA is trained on the bytes of one text. Then each method fine-tunes LoRA's matrices on another text, at
 rates of the grid 1, 3, 10 until the best one is bracketed; all methods see the same blocks. Writes JSON with --output.
@@ -102,8 +102,8 @@ def _loss(run: dict[str, Any]) -> float:
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder with train.txt and valid.txt: what the base learns")
-    parser.add_argument("--lora_data", required=True, help="the same of the text that LoRA learns")
+    texts = "folders with train.txt and valid.txt: the text that the base learns, and that LoRA learns"
+    parser.add_argument("--data", required=True, nargs=2, metavar="FOLDER", help=texts)
     parser.add_argument("--dim", type=int, default=16, help="of LoRA; default: 16")
     parser.add_argument("--steps", type=int, default=60, help="of each LoRA; default: 60")
     parser.add_argument("--base_steps", type=int, default=300, help="of the base; default: 300")
@@ -113,7 +113,7 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     torch.set_num_threads(1)
     try:
-        english, german = load(options.data), load(options.lora_data)
+        english, german = map(load, options.data)
     except (ValueError, OSError) as error:
         return errors.refuse(error)
     base = pretrain(english, options.base_steps)

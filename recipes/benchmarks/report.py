@@ -247,6 +247,28 @@ def gpu_table(content: dict[str, Any]) -> str:
     return f"{markdown(header, steps)}\n\n{markdown(others, launches)}"
 
 
+def lora_table(content: dict[str, Any]) -> str:
+    """By the first seed the best rate, and the losses of all seeds there."""
+    found = {name: one["runs"] for name, one in content["methods"].items()}
+
+    def losses(runs: list[dict[str, Any]], lr: float) -> list[str]:
+        return ["diverged" if run["loss"] is None else f"{run['loss']:.3f}" for run in runs if run["lr"] == lr]
+
+    bests = {}
+    for name, runs in found.items():
+        first = [run for run in runs if run["seed"] == 0 and run["loss"] is not None]
+        bests[name] = min(first, key=lambda run: run["loss"])["lr"]
+    header = ["", "best rate", "loss there, by seed", "at AdamW's best rate", "rates tried", "state, KB"]
+    rows = [["before", "", f"{content['before']:.3f}", "", "", ""]]
+    for name, runs in found.items():
+        tried = sorted({run["lr"] for run in runs})
+        at_adamws = (losses(runs, bests["adamw"]) or [""])[0]
+        state = f"{runs[0]['state_bytes'] / 1e3:,.0f}"
+        rates = f"{tried[0]:g} to {tried[-1]:g}"
+        rows.append([name, f"{bests[name]:g}", ", ".join(losses(runs, bests[name])), at_adamws, rates, state])
+    return markdown(header, rows)
+
+
 TABLES = {
     "gpu": gpu_table,
     "step": step_table,
@@ -256,7 +278,7 @@ TABLES = {
     "quality": quality.table,
     "candidates": quality.table,
     "weights": quality.table,
-    "int8": quality.table,
+    "codes": quality.table,
     "sharded": bytes_table,
     "refresh": refresh_table,
     "scaling": scaling_table,
@@ -264,6 +286,7 @@ TABLES = {
     "cells": cells_table,
     "llama7b": llama7b_table,
     "int8": int8_table,
+    "lora": lora_table,
     "cost": cost_table,
 }
 
