@@ -126,9 +126,10 @@ def encode(values: Tensor, scales: Tensor, draws: torch.Generator) -> tuple[Tens
     return codes.clamp_(-MOST, MOST).to(torch.int8), scales
 
 
-def apply_updates(*arguments: Any) -> None:
-    """See `functional.apply_updates`; the weights are `Int8Weight`s, and there are seeds."""
-    F.apply_updates(*arguments, update=apply_update)
+def apply_updates(weights: Sequence[Int8Weight], *others: Any) -> None:
+    """See `functional.apply_updates`; there are seeds."""
+    update: dict[str, Any] = {"update": apply_update}
+    F.apply_updates(weights, *others, **update)  # type: ignore[arg-type]
 
 
 def apply_update(
@@ -158,16 +159,17 @@ def dense_adamw(
     moments: Sequence[Tensor],
     count: Tensor,
     finite: Tensor,
-    seed: int,
+    seed: int | None,
     state_seed: int | None,
     settings: dict[str, Any],
 ) -> None:
     """See `functional.dense_adamw`, whose update of blocks of fp32 this is."""
-    draws = torch.Generator(G.device).manual_seed(seed)
+    draws = F.generator(G, seed)
+    assert draws is not None
     for rows in W.blocks():
-        new, state = W.read(rows), [[moment[rows]] for moment in moments]
-        seeds = None if state_seed is None else state_seed + rows.start
-        F.dense_adamw([new], [G[rows]], *state, [count.clone()], finite, [None], [seeds], settings)
+        new, (m, v) = W.read(rows), (moment[rows] for moment in moments)
+        seed_of_rows = None if state_seed is None else state_seed + rows.start
+        F.dense_adamw([new], [G[rows]], [m], [v], [count.clone()], finite, [None], [seed_of_rows], settings)
         W.write(rows, new, finite, draws)
 
 

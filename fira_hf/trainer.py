@@ -115,13 +115,13 @@ def register() -> None:
         @functools.wraps(load)
         def load_parts(*args: Any, **kwargs: Any) -> Any:
             if trainer.args.optim in NAMES:
-                int8.save_as_parts(trainer.model)
+                int8.save_as_parts(trainer.model)  # type: ignore[arg-type]
             return load(*args, **kwargs)
 
         @functools.wraps(loop)
         def layerwise_or_not(*args: Any, **kwargs: Any) -> Any:
             if trainer.args.optim in NAMES:
-                int8.save_as_parts(trainer.model)
+                int8.save_as_parts(trainer.model)  # type: ignore[arg-type]
             with Layerwise(trainer) if trainer.args.optim == LAYERWISE else contextlib.nullcontext():
                 return loop(*args, **kwargs)
 
