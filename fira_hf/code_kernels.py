@@ -80,7 +80,7 @@ def _write(
 
 @triton.jit
 def _decode_kernel(
-    table, out, outer, rank,
+    table, numbers, outer, rank,
     DTYPE: tl.constexpr, OCTAVES: tl.constexpr, BITS: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +91,7 @@ def _decode_kernel(
     scales = pointer(table + 2 * matrix + 1, tl.bfloat16, ALIGNED)
     x = _read(codes, scales, rows, rows < outer, rank, tl.int8 == DTYPE, OCTAVES, BITS, BLOCK_R)
     place = (matrix * outer + rows)[:, None] * rank + columns[None, :]
-    tl.store(out + place, x, mask=(rows[:, None] < outer) & (columns[None, :] < rank))
+    tl.store(numbers + place, x, mask=(rows[:, None] < outer) & (columns[None, :] < rank))
 
 
 @triton.jit
