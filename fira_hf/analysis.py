@@ -117,7 +117,8 @@ def measure(p: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], trans
         residual = state["residual_norm"]
         # The state keeps what the limiter left. An infinite norm is a negligible residual, which it leaves alone.
         factor = torch.where(torch.isfinite(norm), residual / norm, 1.0).view(())
-        ulp = 2.0**-FIRST.bits if is_coded(state, "exp_avg") else torch.finfo(state["exp_avg"].dtype).eps
+        # Of a matrix of codes the norm is known better than its entries, to a quarter of their distance.
+        ulp = 2.0**-FIRST.bits / 4 if is_coded(state, "exp_avg") else torch.finfo(state["exp_avg"].dtype).eps
         rounding = max(ROUNDING, ulp)
         limiter = torch.where((factor - 1).abs() < rounding, 1.0, factor)
     usable = F.are_usable(G_norms[None])[0]

@@ -91,7 +91,8 @@ def test_the_factor_of_every_limiter(limiter, dtype):
             if limiter.get("limiter") == "shrink":
                 # ||c S|| = ||S|| / 2 + ||previous|| / 2
                 expected = 1.0 if before is None else after / (2 * after - before)
-            assert found.limiter.item() == pytest.approx(expected, rel=1e-4 if dtype == "float32" else 1e-2)
+            precision = {"float32": 1e-4, "bfloat16": 1e-2, "int8": 2e-2}[dtype]
+            assert found.limiter.item() == pytest.approx(expected, rel=precision)
             factors.append(found.limiter.item())
             previous[p] = after
     if limiter["gamma"] is None:
