@@ -194,10 +194,10 @@ def tolerance(settings):
 @pytest.mark.parametrize("settings", SETTINGS + WHOLE + [{**WHOLE[3], "rank": 999}], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_steps_are_those_of_the_torch_code(shape, settings, monkeypatch, kernels):
-    """Over several refreshes, by the torch code for accelerators and by the kernels. A whole moment is rounded to the
-    nearest, since each draws in its own way."""
-    if "residual" in settings:
-        monkeypatch.setattr(fira_hf.optimizer, "rounds_state", lambda group: False)
+    """Over several refreshes, by the torch code for accelerators and by the kernels. Codes are rounded to the nearest,
+    since each draws in its own way."""
+    for module in (fira_hf.optimizer, fira_hf.state, fira_hf.refresh):
+        monkeypatch.setattr(module, "rounds_state", lambda group: False)
     start = weight(shape).detach()
     results = []
     for ops in (F, kernels):
