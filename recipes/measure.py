@@ -24,7 +24,7 @@ from fira_hf.distributed import local
 from recipes import processes
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
-PEERS = ("fira", "galore-torch", "apollo-torch", "pytorch_optimizer", "bitsandbytes")
+PEERS = ("diffusers", "fira", "galore-torch", "apollo-torch", "pytorch_optimizer", "bitsandbytes")
 
 
 def provenance(seed: int, command: list[str]) -> dict[str, Any]:
