@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import int8
 from .config import ALL_LINEAR, ALL_LINEAR_AND_CONV, LAYERWISE, FiraConfig, unknown_name
-from .layers import linear_layers
+from .layers import target_layers
 from .targets import FP32, adamw_state_bytes, find_targets
 
 if TYPE_CHECKING:
@@ -297,8 +297,8 @@ def quantise(model: PreTrainedModel) -> None:
     from peft import prepare_model_for_kbit_training
 
     dtype = model.dtype
-    for layer in linear_layers(model):
-        if not layer.is_head:
+    for layer in target_layers(model):
+        if layer.is_linear and not layer.is_head:
             model.set_submodule(layer.name, _Linear4bit(model.get_submodule(layer.name), layer.transposed, dtype))
     prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 

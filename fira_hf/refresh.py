@@ -60,9 +60,9 @@ def refresh(
     sharded = {matrix: matrix.shards for matrix in due if matrix.shards is not None}
     for matrix, shards in sharded.items():
         method, wait, seed = due.pop(matrix)
-        previous = matrix.read("basis").float() if matrix.begun else None
+        Q = matrix.read("basis").float() if matrix.begun else None
         G = matrix.tall(matrix.refreshed_from(group))
-        _take(matrix, shards.find_basis(G, matrix.shape, rank, method, previous, seed), wait, group)
+        _take(matrix, shards.find_basis(G, matrix.shape, rank, method, Q, seed), wait, group)
     owner = dict(zip(due, owners([matrix.weight.numel() for matrix in due], process_group), strict=True))
     own: dict[Matrix, Tensor | None] = {}
     for method in sorted({method for method, _, _ in due.values()}):
