@@ -1,0 +1,246 @@
+"""Does a rank for each matrix, chosen at its refreshes, train better than one rank for all in the same bytes?
+
+    python -m recipes.benchmarks.ranks --output docs/benchmarks/ranks.json [--data DIR] [--rows eighth,energy-0.9,...]
+        trains the smallest model of the quality benchmark once a row and seed; what the file has is not run again
+
+A prototype: a matrix at its refresh looks at all singular values of its gradient, so a rank is chosen from the exact
+energies. State shrinks and grows by rotation: nothing is lost of what both bases share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fira_hf import FiraAdamW
+from fira_hf import functional as F
+from fira_hf.subspace import leading_eigenvectors
+from recipes import files, measure
+from recipes.benchmarks.optimizers import QUALITY
+from recipes.benchmarks.quality import train as quality
+from recipes.benchmarks.quality.train import POINTS, Data, Regime, load, validate
+from recipes.pretraining.settings import EMBEDDED
+
+ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
+KINDS = ATTENTION + MLP  # the matrices of a layer, in the model's order
+SHOWN = (1, 2, 4, 8, 16, 32, 64)  # the ranks of which the energy is recorded
+EARLY = (1, 10, 20)
+DEFAULT = {"alpha": 1.0, "gamma": 2.0, "adjust_lr": "match_rms_adamw"}
+
+
+DEFAULT_ROW = {"choose": "fixed", "energy": 0.9, "least": 4, "most": 64, "every": 4, "until": None, "together": False}
+
+console = Console()
+
+
+class AdaptiveFira(FiraAdamW):
+    """`FiraAdamW` with one matrix a group, whose rank may change at a refresh.
+
+    rank: of all at the start, and the mean of all (weighted by bytes) where a budget is shared.
+    choose: "fixed"; "energy", the smallest rank whose directions have that share of ||G||^2; "equal", so that all
+        matrices have the same share in the bytes that `rank` takes; "marginal", so that the sum of the shares is
+        largest in these bytes; or a rank for each of `KINDS`.
+    least, most, every: a rank is one of least, least + every, ..., most.
+    until: the step from which ranks stay. together: steps are scaled as if all ranks were `rank`.
+    """
+
+    def __init__(
+        self,
+        params: list[nn.Parameter],
+        lr: float,
+        rank: int,
+        gap: int,
+        choose: Any = "fixed",
+        energy: float = 0.9,
+        least: int = 4,
+        most: int = 64,
+        every: int = 4,
+        until: int | None = None,
+        together: bool = False,
+        **settings: Any,
+    ) -> None:
+        self.choose, self.energy, self.until, self.mean_rank = choose, energy, until or math.inf, rank
+        self.levels = list(range(least, min(most, *params[0].shape) + 1, every))
+        self.matrices, self.calls = list(params), 0
+        if together:
+            settings["adjust_lr"] = "none"
+            lr *= F.rms_scale("adamw", 0, min(params[0].shape), rank)
+        own = [rank] * len(self.matrices)
+        if isinstance(choose, dict):
+            own = [choose[KINDS[i % len(KINDS)]] for i in range(len(self.matrices))]
+        groups = [{"params": [p], "rank": r, "update_proj_gap": gap} for p, r in zip(self.matrices, own, strict=True)]
+        super().__init__([group | settings for group in groups], lr=lr)
+        self.shares: Tensor | None = None  # (matrices, levels): of the gradient's energy, at each one's last refresh
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        if isinstance(self.choose, str) and self.choose != "fixed" and self.calls < self.until:
+            if self.shares is None:
+                self.shares = torch.stack([self.shares_of(p, self.levels) for p in self.matrices])
+            due = [i for i, p in enumerate(self.matrices) if p in self.state and self.state[p].refresh_in == 0]
+            for i in due:
+                self.shares[i] = self.shares_of(self.matrices[i], self.levels)
+            if due:
+                chosen = self._chosen()
+                for i in due:
+                    self._resize(self.matrices[i], self.param_groups[i], chosen[i])
+        self.calls += 1
+        return super().step(closure)
+
+    @staticmethod
+    def shares_of(p: nn.Parameter, ranks: list[int]) -> Tensor:
+        """Of ||G||^2 in the leading directions, for each rank."""
+        G = F.tall(p.grad).double()
+        energies = torch.linalg.eigvalsh(G.T @ G).flip(0).clamp(min=0)
+        return (energies.cumsum(0) / energies.sum())[torch.tensor(ranks).clamp(max=len(energies)) - 1]
+
+    def _chosen(self) -> list[int]:
+        """The rank that each matrix should have now."""
+        shares, last = self.shares, len(self.levels) - 1
+        if self.choose == "energy":
+            places = (shares < self.energy).sum(1).clamp(max=last).tolist()
+            return [self.levels[place] for place in places]
+        cost = [sum(p.shape) + max(p.shape) for p in self.matrices]  # of a rank more
+        left = sum(cost) * self.mean_rank - sum(cost) * self.levels[0]
+        places, open_ones = [0] * len(cost), set(range(len(cost)))
+        while open_ones:
+            if self.choose == "equal":
+                i = min(open_ones, key=lambda i: shares[i, places[i]].item())
+            else:
+                gain = {i: (shares[i, places[i] + 1] - shares[i, places[i]]).item() / cost[i] for i in open_ones}
+                i = max(gain, key=gain.__getitem__)
+            price = cost[i] * (self.levels[places[i] + 1] - self.levels[places[i]])
+            if price > left:
+                open_ones.discard(i)
+                continue
+            left, places[i] = left - price, places[i] + 1
+            if places[i] == last:
+                open_ones.discard(i)
+        return [self.levels[place] for place in places]
+
+    def _resize(self, p: nn.Parameter, group: dict[str, Any], rank: int) -> None:
+        state, G = self.state[p], F.tall(p.grad)
+        Q = state["basis"]
+        r = Q.shape[1]
+        if rank == r:
+            return
+        P = G @ Q
+        if rank < r:
+            new = Q @ leading_eigenvectors(P.T @ P, rank)
+        else:
+            rest = G - P @ Q.T
+            E = leading_eigenvectors(rest.T @ rest, rank - r)
+            new = torch.cat([Q, torch.linalg.qr(E - Q @ (Q.T @ E)).Q], dim=1)
+        C = Q.T @ new
+        b1, b2 = (F.bias_correction(beta, state["step"]) for beta in group["betas"])
+        ratio, M, V = b2 / b1.square(), state["exp_avg"], state["exp_avg_sq"]
+        variance = (V - ratio * M.square()).clamp(min=0) @ C.square()
+        M = M @ C
+        state["exp_avg"], state["exp_avg_sq"] = M, variance + ratio * M.square()
+        state["basis"] = F.column_major(new)
+        group["rank"] = rank
+
+
+QUALITY["adaptive"] = lambda matrices, lr, rank, gap, settings: AdaptiveFira(matrices, lr, rank, gap, **settings)
+
+# name -> the rank of all, and the settings of `AdaptiveFira`.
+ROWS: dict[str, dict[str, Any]] = {
+    "equal": {"rank": 16, "choose": "equal"},
+    "equal-one-scale": {"rank": 16, "choose": "equal", "together": True},
+    "marginal": {"rank": 16, "choose": "marginal"},
+    "more-in-mlp": {"rank": 16, "choose": {**dict.fromkeys(ATTENTION, 8), **dict.fromkeys(MLP, 21)}},
+    "more-in-attention": {"rank": 16, "choose": {**dict.fromkeys(ATTENTION, 24), **dict.fromkeys(MLP, 11)}},
+}
+
+
+class Stopped(Exception):
+    pass
+
+
+def run(row: dict[str, Any], lr: float, regime: Regime, seed: int, data: Data, stop: int) -> dict[str, Any]:
+    """The figures of a run that ends after `stop` steps of its schedule."""
+    settings = DEFAULT | {key: value for key, value in row.items() if key != "rank"}
+    method = {"optimizer": "adaptive", "rank": row["rank"], "interval": 10, "settings": settings}
+    points = {regime.steps * point // POINTS for point in range(1, POINTS + 1)}
+    sizes: list[int] = []
+    seen: dict[str, dict[str, Any]] = {"ranks": {}, "shares": {}}
+
+    def watch(step: int, optimizer: AdaptiveFira, matrices: list[nn.Parameter]) -> None:
+        sizes.append(measure.state_bytes(optimizer))
+        if step + 1 in points or step + 1 in EARLY:
+            seen["ranks"][str(step + 1)] = [group["rank"] for group in optimizer.param_groups]
+            shares = [optimizer.shares_of(p, list(SHOWN)).tolist() for p in matrices]
+            seen["shares"][str(step + 1)] = [[round(share, 4) for share in of] for of in shares]
+
+    history: list[float] = []
+
+    def validated(model: nn.Module, valid: Tensor) -> float:
+        history.append(round(validate(model, valid), 4))
+        console.print(f"{history}, bytes: {statistics.mean(sizes):,.0f} on average, {max(sizes):,} at most")
+        return history[-1]
+
+    def progress(step: int, loss: float) -> None:
+        bar.update()
+        if step > stop:
+            raise Stopped
+
+    start = time.perf_counter()
+    with tqdm(total=stop, disable=None, leave=False) as bar, mock.patch.object(quality, "validate", validated):
+        try:
+            quality.train(method, lr, regime, seed, data, watch, progress)
+        except Stopped:
+            sizes.pop()
+    return {
+        "steps": stop,
+        "history": history,
+        "mean_bytes": round(statistics.mean(sizes)),
+        "peak_bytes": max(sizes),
+        **seen,
+        "seconds": round(time.perf_counter() - start),
+    }
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument(
+        "--data", default=EMBEDDED, help="folder with train.txt and valid.txt; default: Python's manual"
+    )
+    parser.add_argument("--size", default="1m", help="tiny, 1m, 3m or 10m")
+    parser.add_argument("--batch", type=int, default=4096, help="bytes of a step")
+    parser.add_argument("--steps", type=int, default=400, help="of the schedule")
+    parser.add_argument("--stop", type=int, help="end a run after so many of them")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args(words)
+    regime, data, stop = Regime(options.size, options.batch, options.steps), load(options.data), options.stop
+    stop = stop or options.steps
+    command = ["python", "-m", "recipes.benchmarks.ranks", *(sys.argv[1:] if words is None else words)]
+    for name in options.rows.split(","):
+        for seed in map(int, options.seeds.split(",")):
+            runs = (files.read_json(options.output) or {"runs": []})["runs"]
+            about = {"name": name, **DEFAULT_ROW, **ROWS[name], "regime": str(regime), "lr": options.lr, "seed": seed}
+            if any(about.items() <= run.items() and run["steps"] >= stop for run in runs):
+                continue
+            console.print(f"{name}, seed {seed}")
+            found = run(ROWS[name], options.lr, regime, seed, data, stop)
+            runs = (files.read_json(options.output) or {"runs": []})["runs"]
+            runs.append(about | found | {"provenance": measure.provenance(seed, command)})
+            files.write_json(options.output, {"runs": runs})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
