@@ -40,6 +40,7 @@ DEFAULT = {"alpha": 1.0, "gamma": 2.0, "adjust_lr": "match_rms_adamw"}
 
 
 DEFAULT_ROW = {"choose": "fixed", "energy": 0.9, "least": 4, "most": 64, "every": 4, "until": None, "together": False}
+DEFAULT_ROW["steps_alone"] = False
 
 console = Console()
 
@@ -52,7 +53,8 @@ class AdaptiveFira(FiraAdamW):
         matrices have the same share in the bytes that `rank` takes; "marginal", so that the sum of the shares is
         largest in these bytes; or a rank for each of `KINDS`.
     least, most, every: a rank is one of least, least + every, ..., most.
-    until: the step from which ranks stay. together: steps are scaled as if all ranks were `rank`.
+    until: the step from which ranks stay. together: steps are scaled as if all ranks were `rank`. steps_alone: all
+        have that rank, and of the ranks that were chosen only the steps' sizes follow, by sqrt(chosen / rank).
     """
 
     def __init__(
@@ -68,11 +70,13 @@ class AdaptiveFira(FiraAdamW):
         every: int = 4,
         until: int | None = None,
         together: bool = False,
+        steps_alone: bool = False,
         **settings: Any,
     ) -> None:
         self.choose, self.energy, self.until, self.mean_rank = choose, energy, until or math.inf, rank
         self.levels = list(range(least, min(most, *params[0].shape) + 1, every))
-        self.matrices, self.calls = list(params), 0
+        self.matrices, self.calls, self.steps_alone = list(params), 0, steps_alone
+        self.factors = [1.0] * len(self.matrices)  # of the learning rate, with `steps_alone`
         if together:
             settings["adjust_lr"] = "none"
             lr *= F.rms_scale("adamw", 0, min(params[0].shape), rank)
@@ -94,9 +98,18 @@ class AdaptiveFira(FiraAdamW):
             if due:
                 chosen = self._chosen()
                 for i in due:
-                    self._resize(self.matrices[i], self.param_groups[i], chosen[i])
+                    if self.steps_alone:
+                        self.factors[i] = math.sqrt(chosen[i] / self.mean_rank)
+                    else:
+                        self._resize(self.matrices[i], self.param_groups[i], chosen[i])
         self.calls += 1
-        return super().step(closure)
+        rates = [group["lr"] for group in self.param_groups]
+        for group, factor in zip(self.param_groups, self.factors, strict=True):
+            group["lr"] *= factor
+        loss = super().step(closure)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group["lr"] = rate
+        return loss
 
     @staticmethod
     def shares_of(p: nn.Parameter, ranks: list[int]) -> Tensor:
@@ -154,13 +167,16 @@ class AdaptiveFira(FiraAdamW):
 
 QUALITY["adaptive"] = lambda matrices, lr, rank, gap, settings: AdaptiveFira(matrices, lr, rank, gap, **settings)
 
+# The ranks that "equal" has between steps 50 and 100, as means of the layers.
+BY_KIND = {"q": 14, "k": 12, "v": 8, "o": 8, "gate": 21, "up": 21, "down": 16}
 # name -> the rank of all, and the settings of `AdaptiveFira`.
 ROWS: dict[str, dict[str, Any]] = {
     "equal": {"rank": 16, "choose": "equal"},
     "equal-one-scale": {"rank": 16, "choose": "equal", "together": True},
+    "fixed": {"rank": 16},
+    "equal-steps-alone": {"rank": 16, "choose": "equal", "steps_alone": True},
     "marginal": {"rank": 16, "choose": "marginal"},
-    "more-in-mlp": {"rank": 16, "choose": {**dict.fromkeys(ATTENTION, 8), **dict.fromkeys(MLP, 21)}},
-    "more-in-attention": {"rank": 16, "choose": {**dict.fromkeys(ATTENTION, 24), **dict.fromkeys(MLP, 11)}},
+    "kinds-one-scale": {"rank": 16, "choose": BY_KIND, "together": True},
 }
 
 
