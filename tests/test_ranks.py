@@ -1,6 +1,5 @@
 """The prototype of a rank for each matrix: what a change of rank keeps, and which ranks are chosen."""
 
-
 import pytest
 import torch
 

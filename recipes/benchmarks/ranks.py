@@ -10,10 +10,12 @@ energies. State shrinks and grows by rotation: nothing is lost of what both base
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,7 +42,7 @@ DEFAULT = {"alpha": 1.0, "gamma": 2.0, "adjust_lr": "match_rms_adamw"}
 
 
 DEFAULT_ROW = {"choose": "fixed", "energy": 0.9, "least": 4, "most": 64, "every": 4, "until": None, "together": False}
-DEFAULT_ROW["steps_alone"] = False
+DEFAULT_ROW |= {"steps_alone": False}
 
 console = Console()
 
@@ -112,7 +114,7 @@ class AdaptiveFira(FiraAdamW):
         return loss
 
     @staticmethod
-    def shares_of(p: nn.Parameter, ranks: list[int]) -> Tensor:
+    def shares_of(p: nn.Parameter, ranks: Sequence[int]) -> Tensor:
         """Of ||G||^2 in the leading directions, for each rank."""
         G = F.tall(p.grad).double()
         energies = torch.linalg.eigvalsh(G.T @ G).flip(0).clamp(min=0)
@@ -181,50 +183,50 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 class Stopped(Exception):
-    pass
+    """A run has gone as far as it should."""
 
 
-def run(row: dict[str, Any], lr: float, regime: Regime, seed: int, data: Data, stop: int) -> dict[str, Any]:
-    """The figures of a run that ends after `stop` steps of its schedule."""
+def run(
+    row: dict[str, Any],
+    lr: float,
+    regime: Regime,
+    seed: int,
+    data: Data,
+    stop: int,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """`keep` is given the figures so far at each evaluation; the run ends at the first one after `stop` steps."""
     settings = DEFAULT | {key: value for key, value in row.items() if key != "rank"}
     method = {"optimizer": "adaptive", "rank": row["rank"], "interval": 10, "settings": settings}
-    points = {regime.steps * point // POINTS for point in range(1, POINTS + 1)}
+    points = {math.ceil(regime.steps * point / POINTS) for point in range(1, POINTS + 1)}
     sizes: list[int] = []
+    history: list[float] = []
     seen: dict[str, dict[str, Any]] = {"ranks": {}, "shares": {}}
+    start = time.perf_counter()
 
     def watch(step: int, optimizer: AdaptiveFira, matrices: list[nn.Parameter]) -> None:
         sizes.append(measure.state_bytes(optimizer))
         if step + 1 in points or step + 1 in EARLY:
             seen["ranks"][str(step + 1)] = [group["rank"] for group in optimizer.param_groups]
-            shares = [optimizer.shares_of(p, list(SHOWN)).tolist() for p in matrices]
+            shares = [optimizer.shares_of(p, SHOWN).tolist() for p in matrices]
             seen["shares"][str(step + 1)] = [[round(share, 4) for share in of] for of in shares]
-
-    history: list[float] = []
 
     def validated(model: nn.Module, valid: Tensor) -> float:
         history.append(round(validate(model, valid), 4))
-        console.print(f"{history}, bytes: {statistics.mean(sizes):,.0f} on average, {max(sizes):,} at most")
+        found = {"steps": len(sizes), "history": history, "mean_bytes": round(statistics.mean(sizes))}
+        found |= {"peak_bytes": max(sizes), **seen, "seconds": round(time.perf_counter() - start)}
+        console.print(history, f"bytes: {found['mean_bytes']:,} on average, {found['peak_bytes']:,} at most")
+        keep(found)
+        if len(sizes) >= stop:
+            raise Stopped
         return history[-1]
 
-    def progress(step: int, loss: float) -> None:
-        bar.update()
-        if step > stop:
-            raise Stopped
-
-    start = time.perf_counter()
-    with tqdm(total=stop, disable=None, leave=False) as bar, mock.patch.object(quality, "validate", validated):
-        try:
-            quality.train(method, lr, regime, seed, data, watch, progress)
-        except Stopped:
-            sizes.pop()
-    return {
-        "steps": stop,
-        "history": history,
-        "mean_bytes": round(statistics.mean(sizes)),
-        "peak_bytes": max(sizes),
-        **seen,
-        "seconds": round(time.perf_counter() - start),
-    }
+    with (
+        tqdm(total=stop, disable=None, leave=False) as bar,
+        mock.patch.object(quality, "validate", validated),
+        contextlib.suppress(Stopped),
+    ):
+        quality.train(method, lr, regime, seed, data, watch, lambda step, loss: bar.update())
 
 
 def main(words: list[str] | None = None) -> int:
@@ -246,15 +248,19 @@ def main(words: list[str] | None = None) -> int:
     command = ["python", "-m", "recipes.benchmarks.ranks", *(sys.argv[1:] if words is None else words)]
     for name in options.rows.split(","):
         for seed in map(int, options.seeds.split(",")):
-            runs = (files.read_json(options.output) or {"runs": []})["runs"]
             about = {"name": name, **DEFAULT_ROW, **ROWS[name], "regime": str(regime), "lr": options.lr, "seed": seed}
-            if any(about.items() <= run.items() and run["steps"] >= stop for run in runs):
-                continue
-            console.print(f"{name}, seed {seed}")
-            found = run(ROWS[name], options.lr, regime, seed, data, stop)
-            runs = (files.read_json(options.output) or {"runs": []})["runs"]
-            runs.append(about | found | {"provenance": measure.provenance(seed, command)})
-            files.write_json(options.output, {"runs": runs})
+
+            def others(about: dict[str, Any] = about) -> list[dict[str, Any]]:
+                runs = (files.read_json(options.output) or {"runs": []})["runs"]
+                return [run for run in runs if not (about.items() <= run.items() and run["steps"] < stop)]
+
+            def keep(found: dict[str, Any], about: dict[str, Any] = about) -> None:
+                whole = about | found | {"provenance": measure.provenance(about["seed"], command)}
+                files.write_json(options.output, {"runs": [*others(about), whole]})
+
+            if not any(about.items() <= run.items() for run in others()):
+                console.print(f"{name}, seed {seed}")
+                run(ROWS[name], options.lr, regime, seed, data, stop, keep)
     return 0
 
 

@@ -20,6 +20,8 @@ from typing import Any
 from recipes import errors, files, report
 from recipes.benchmarks.quality import plots
 from recipes.benchmarks.quality import report as quality
+from recipes.benchmarks.quality.train import POINTS
+from recipes.benchmarks.ranks import KINDS, SHOWN
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -82,6 +84,31 @@ def basis_table(content: dict[str, Any]) -> str:
         after = [row["after"] for row in here]
         rows.append([str(step), before, f"{statistics.mean(after):.1%}", f"{min(after):.1%}"])
     return markdown(["step", "just before the refresh", "after it", "after it, the worst matrix"], rows)
+
+
+def ranks_table(content: dict[str, Any]) -> str:
+    runs = sorted(content["runs"], key=lambda run: (run["seed"], run["history"][1]))
+    losses, energy = [], []
+    for run in runs:
+        every = int(run["regime"].rpartition("-s")[2]) // POINTS
+        at = {every * (index + 1): loss for index, loss in enumerate(run["history"])}
+        sizes = [f"{run[key] / 1e6:.3f}" for key in ("mean_bytes", "peak_bytes")]
+        losses.append(
+            [run["name"], *sizes, *(f"{at[step]:.3f}" if step in at else "" for step in (50, 100, 200, 400))]
+        )
+    shown = next(run for run in content["runs"] if "shares" in run)
+    steps = [step for step in ("10", "50", "100") if step in shown["shares"]]
+    for place, kind in enumerate(KINDS):
+        cells = []
+        for rank in (1, 8, 16):
+            for step in steps:
+                of = [shares[SHOWN.index(rank)] for shares in shown["shares"][step][place :: len(KINDS)]]
+                cells.append(f"{statistics.mean(of):.1%}")
+        energy.append([kind, *cells])
+    header = ["", "state, MB, on average", "at most", *(f"loss after {step} steps" for step in (50, 100, 200, 400))]
+    others = ["share of the energy in the leading"]
+    others += [f"{rank}, step {step}" for rank in (1, 8, 16) for step in steps]
+    return f"{markdown(header, losses)}\n\n{markdown(others, energy)}"
 
 
 def train_table(content: dict[str, Any]) -> str:
@@ -274,6 +301,7 @@ TABLES = {
     "step": step_table,
     "memory": memory_table,
     "basis": basis_table,
+    "adaptive": ranks_table,
     "train": train_table,
     "quality": quality.table,
     "candidates": quality.table,
