@@ -1,9 +1,12 @@
 """The prototype of a rank for each matrix: what a change of rank keeps, and which ranks are chosen."""
 
+import json
+
 import pytest
 import torch
 
 from fira_hf import FiraAdamW
+from recipes.benchmarks import ranks
 from recipes.benchmarks.ranks import DEFAULT, AdaptiveFira
 
 
@@ -69,6 +72,36 @@ def test_the_same_share_for_all_in_the_bytes_of_one_rank():
     trained(optimizer, parameters, 10, decays)
     found = [optimizer.state[p]["basis"].shape[1] for p in parameters]
     assert found == [group["rank"] for group in optimizer.param_groups] == [24, 4, 8]
-    optimizer.choose, optimizer.energy = "energy", 0.9
-    # 1 - 0.97^(2 r) >= 0.9 (1 - 0.97^64) and so on, the next multiple of 4
-    assert optimizer._chosen() == [24, 4, 8]
+
+
+def test_steps_alone_follow_the_ranks_that_would_be_chosen():
+    """At one gradient, a matrix's step is sqrt(rank / mean rank) of what it is with a fixed rank."""
+    both = [[torch.nn.Parameter(torch.zeros(48, 32)) for _ in range(2)] for _ in range(2)]
+    settings = {"choose": "equal", "least": 4, "most": 24, "steps_alone": True, **DEFAULT}
+    optimizers = [AdaptiveFira(both[0], 1e-3, 8, 3, **settings), AdaptiveFira(both[1], 1e-3, 8, 3, **DEFAULT)]
+    for parameters, optimizer in zip(both, optimizers, strict=True):
+        trained(optimizer, parameters, 8, (0.97, 0.5))
+    before = [[p.detach().clone() for p in parameters] for parameters in both]
+    for parameters, optimizer in zip(both, optimizers, strict=True):
+        trained(optimizer, parameters, 1, (0.97, 0.5))
+        assert [group["rank"] for group in optimizer.param_groups] == [8, 8]
+        assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-3]
+    for place, rank in enumerate((12, 4)):
+        own, fixed = ((both[i][place] - before[i][place]).norm().item() for i in range(2))
+        assert own / fixed == pytest.approx((rank / 8) ** 0.5, rel=1e-4)
+
+
+def test_a_run_is_kept_at_each_evaluation_and_not_run_again(tmp_path, capsys):
+    path = tmp_path / "ranks.json"
+    for split in ("train", "valid"):
+        (tmp_path / f"{split}.txt").write_text("All happy families are alike. " * 20)
+    words = ["--size", "tiny", "--batch", "256", "--steps", "8", "--rows", "equal", "--data", str(tmp_path)]
+    words += ["--output", str(path)]
+    assert ranks.main([*words, "--stop", "2"]) == 0
+    (short,) = json.loads(path.read_text())["runs"]
+    assert ranks.main([*words, "--stop", "3"]) == 0
+    (run,) = json.loads(path.read_text())["runs"]
+    assert run["steps"] == 3 and len(run["history"]) == 3 and run["history"][:2] == short["history"]
+    assert len(run["ranks"]["1"]) == 7 and run["mean_bytes"] <= run["peak_bytes"]
+    capsys.readouterr()
+    assert ranks.main([*words, "--stop", "2"]) == 0 and not capsys.readouterr().out

@@ -1,6 +1,6 @@
 """Does a rank for each matrix, chosen at its refreshes, train better than one rank for all in the same bytes?
 
-    python -m recipes.benchmarks.ranks --output docs/benchmarks/ranks.json [--data DIR] [--rows eighth,energy-0.9,...]
+    python -m recipes.benchmarks.ranks --output docs/benchmarks/adaptive-rank.json [--data DIR] [--rows equal,...]
         trains the smallest model of the quality benchmark once a row and seed; what the file has is not run again
 
 A prototype: a matrix at its refresh looks at all singular values of its gradient, so a rank is chosen from the exact
@@ -39,10 +39,7 @@ KINDS = ATTENTION + MLP  # the matrices of a layer, in the model's order
 SHOWN = (1, 2, 4, 8, 16, 32, 64)  # the ranks of which the energy is recorded
 EARLY = (1, 10, 20)
 DEFAULT = {"alpha": 1.0, "gamma": 2.0, "adjust_lr": "match_rms_adamw"}
-
-
-DEFAULT_ROW = {"choose": "fixed", "energy": 0.9, "least": 4, "most": 64, "every": 4, "until": None, "together": False}
-DEFAULT_ROW |= {"steps_alone": False}
+DEFAULT_ROW = {"choose": "fixed", "least": 4, "most": 64, "every": 4, "together": False, "steps_alone": False}
 
 console = Console()
 
@@ -51,12 +48,11 @@ class AdaptiveFira(FiraAdamW):
     """`FiraAdamW` with one matrix a group, whose rank may change at a refresh.
 
     rank: of all at the start, and the mean of all (weighted by bytes) where a budget is shared.
-    choose: "fixed"; "energy", the smallest rank whose directions have that share of ||G||^2; "equal", so that all
-        matrices have the same share in the bytes that `rank` takes; "marginal", so that the sum of the shares is
-        largest in these bytes; or a rank for each of `KINDS`.
+    choose: "fixed"; "equal", so that the directions of all matrices have the same share of ||G||^2, in the bytes that
+        `rank` takes; or a rank for each of `KINDS`.
     least, most, every: a rank is one of least, least + every, ..., most.
-    until: the step from which ranks stay. together: steps are scaled as if all ranks were `rank`. steps_alone: all
-        have that rank, and of the ranks that were chosen only the steps' sizes follow, by sqrt(chosen / rank).
+    together: steps are scaled as if all ranks were `rank`.
+    steps_alone: all have that rank; of those that were chosen only the steps follow, by sqrt(chosen / rank).
     """
 
     def __init__(
@@ -66,18 +62,16 @@ class AdaptiveFira(FiraAdamW):
         rank: int,
         gap: int,
         choose: Any = "fixed",
-        energy: float = 0.9,
         least: int = 4,
         most: int = 64,
         every: int = 4,
-        until: int | None = None,
         together: bool = False,
         steps_alone: bool = False,
         **settings: Any,
     ) -> None:
-        self.choose, self.energy, self.until, self.mean_rank = choose, energy, until or math.inf, rank
+        self.choose, self.mean_rank = choose, rank
         self.levels = list(range(least, min(most, *params[0].shape) + 1, every))
-        self.matrices, self.calls, self.steps_alone = list(params), 0, steps_alone
+        self.matrices, self.steps_alone = list(params), steps_alone
         self.factors = [1.0] * len(self.matrices)  # of the learning rate, with `steps_alone`
         if together:
             settings["adjust_lr"] = "none"
@@ -91,7 +85,7 @@ class AdaptiveFira(FiraAdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        if isinstance(self.choose, str) and self.choose != "fixed" and self.calls < self.until:
+        if self.choose == "equal":
             if self.shares is None:
                 self.shares = torch.stack([self.shares_of(p, self.levels) for p in self.matrices])
             due = [i for i, p in enumerate(self.matrices) if p in self.state and self.state[p].refresh_in == 0]
@@ -104,7 +98,6 @@ class AdaptiveFira(FiraAdamW):
                         self.factors[i] = math.sqrt(chosen[i] / self.mean_rank)
                     else:
                         self._resize(self.matrices[i], self.param_groups[i], chosen[i])
-        self.calls += 1
         rates = [group["lr"] for group in self.param_groups]
         for group, factor in zip(self.param_groups, self.factors, strict=True):
             group["lr"] *= factor
@@ -123,18 +116,11 @@ class AdaptiveFira(FiraAdamW):
     def _chosen(self) -> list[int]:
         """The rank that each matrix should have now."""
         shares, last = self.shares, len(self.levels) - 1
-        if self.choose == "energy":
-            places = (shares < self.energy).sum(1).clamp(max=last).tolist()
-            return [self.levels[place] for place in places]
         cost = [sum(p.shape) + max(p.shape) for p in self.matrices]  # of a rank more
         left = sum(cost) * self.mean_rank - sum(cost) * self.levels[0]
         places, open_ones = [0] * len(cost), set(range(len(cost)))
         while open_ones:
-            if self.choose == "equal":
-                i = min(open_ones, key=lambda i: shares[i, places[i]].item())
-            else:
-                gain = {i: (shares[i, places[i] + 1] - shares[i, places[i]]).item() / cost[i] for i in open_ones}
-                i = max(gain, key=gain.__getitem__)
+            i = min(open_ones, key=lambda i: shares[i, places[i]].item())
             price = cost[i] * (self.levels[places[i] + 1] - self.levels[places[i]])
             if price > left:
                 open_ones.discard(i)
@@ -177,7 +163,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "equal-one-scale": {"rank": 16, "choose": "equal", "together": True},
     "fixed": {"rank": 16},
     "equal-steps-alone": {"rank": 16, "choose": "equal", "steps_alone": True},
-    "marginal": {"rank": 16, "choose": "marginal"},
     "kinds-one-scale": {"rank": 16, "choose": BY_KIND, "together": True},
 }
 

@@ -93,9 +93,8 @@ def ranks_table(content: dict[str, Any]) -> str:
         every = int(run["regime"].rpartition("-s")[2]) // POINTS
         at = {every * (index + 1): loss for index, loss in enumerate(run["history"])}
         sizes = [f"{run[key] / 1e6:.3f}" for key in ("mean_bytes", "peak_bytes")]
-        losses.append(
-            [run["name"], *sizes, *(f"{at[step]:.3f}" if step in at else "" for step in (50, 100, 200, 400))]
-        )
+        cells = [f"{at[step]:.3f}" if step in at else "" for step in (50, 100, 200, 400)]
+        losses.append([run["name"], str(run["seed"]), *sizes, *cells])
     shown = next(run for run in content["runs"] if "shares" in run)
     steps = [step for step in ("10", "50", "100") if step in shown["shares"]]
     for place, kind in enumerate(KINDS):
@@ -105,7 +104,8 @@ def ranks_table(content: dict[str, Any]) -> str:
                 of = [shares[SHOWN.index(rank)] for shares in shown["shares"][step][place :: len(KINDS)]]
                 cells.append(f"{statistics.mean(of):.1%}")
         energy.append([kind, *cells])
-    header = ["", "state, MB, on average", "at most", *(f"loss after {step} steps" for step in (50, 100, 200, 400))]
+    header = ["", "seed", "state, MB, on average", "at most"]
+    header += [f"loss after {step} steps" for step in (50, 100, 200, 400)]
     others = ["share of the energy in the leading"]
     others += [f"{rank}, step {step}" for rank in (1, 8, 16) for step in steps]
     return f"{markdown(header, losses)}\n\n{markdown(others, energy)}"
