@@ -18,29 +18,31 @@ from .codes import negligible
 from .config import FiraConfig
 from .distributed import agree, local, sharded_like, shards_of
 from .groups import check_group, check_weight, dimensions_of, name_of, name_parameters
+from .matrices import (
+    Matrix,
+    batches,
+    matrices_of,
+    operations,
+    operations_of_moments,
+    read,
+    update_moments,
+    updates_of_int8,
+)
 from .refresh import refresh
 from .state import (
     OF_MOMENTS,
-    Matrix,
-    batches,
     create_state,
     first_states,
     has_basis,
     is_whole,
     loaded_state,
-    matrices_of,
     misfit,
     of_layout,
-    operations,
-    operations_of_moments,
-    read,
     rounding_seed,
     rounds_state,
     rounds_weight,
     state_dtype_of,
     state_misfit,
-    update_moments,
-    updates_of_int8,
 )
 
 logger = logging.getLogger(__name__)

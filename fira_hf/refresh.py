@@ -12,19 +12,8 @@ from torch.distributed import ProcessGroup
 
 from . import functional as F
 from .distributed import broadcast, is_own, owners
-from .state import (
-    OF_REFRESH,
-    Matrix,
-    batches,
-    has_basis,
-    is_whole,
-    low_rank_moments,
-    operations,
-    operations_of_moments,
-    read,
-    rounds_state,
-    seed_of,
-)
+from .matrices import Matrix, batches, operations, operations_of_moments, read
+from .state import OF_REFRESH, has_basis, is_whole, low_rank_moments, rounds_state, seed_of
 from .subspace import find_bases, nearest_rotation, refine
 
 

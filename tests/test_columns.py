@@ -9,7 +9,7 @@ import torch
 from conftest import launch
 from fira_hf import FiraAdamW, FiraConfig
 from fira_hf import functional as F
-from fira_hf.state import matrices_of
+from fira_hf.matrices import matrices_of
 from reference import fira_step, gradients, spoiled, weight
 
 SHAPES = {"tall": (40, 24), "wide": (24, 40), "square": (32, 32)}
@@ -25,7 +25,7 @@ def columns_of(optimizer, p):
     """The columns that the next step uses, of each matrix of a weight."""
     (group,) = optimizer.param_groups
     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    return [list(matrix.basis(group)) for matrix in matrices_of(p, optimizer.state, group)]
+    return [list(matrix.columns(group)) for matrix in matrices_of(p, optimizer.state, group)]
 
 
 # --------------------------------------------------------------------------- Muon

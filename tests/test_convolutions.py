@@ -13,8 +13,8 @@ from torch import nn
 from conftest import build_llama, trainer_groups
 from fira_hf import PUBLISHED, FiraAdamW, FiraConfig, get_fira_optimizer
 from fira_hf.layerwise import step_in_backward
+from fira_hf.matrices import matrices_of
 from fira_hf.memory import estimate_memory, predict_memory
-from fira_hf.state import matrices_of
 from fira_hf.targets import find_targets
 from fira_hf.whole import decode
 from reference import gradients, weight

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import fira_hf.matrices
 import fira_hf.refresh
 import fira_hf.state
 from fira_hf import PUBLISHED, FiraAdamW, FiraConfig, get_fira_optimizer
@@ -42,7 +43,7 @@ SETTINGS = {
 @pytest.fixture
 def one_seed(monkeypatch):
     """Draws do not depend on the parameter that they are for: a stack has one seed, separate matrices have theirs."""
-    for module in (fira_hf.state, fira_hf.refresh):
+    for module in (fira_hf.matrices, fira_hf.state, fira_hf.refresh):
         monkeypatch.setattr(module, "seed_of", lambda state, *numbers: 7)
 
 

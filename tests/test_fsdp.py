@@ -118,7 +118,7 @@ ordinary = Sent()
 train(model, optimizer, 20, 21, True, ordinary)
 if sys.argv[4] == "adamw":  # what finds bases where the host does not read: the same as of whole gradients
     from fira_hf import functional, subspace
-    from fira_hf.state import matrices_of
+    from fira_hf.matrices import matrices_of
     from torch.distributed.tensor import distribute_tensor
 
     (group,) = (g for g in optimizer.param_groups if any(p is model.layers[0].weight for p in g["params"]))

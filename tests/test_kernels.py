@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-import fira_hf.state
+import fira_hf.matrices
 from conftest import ROOT, run_quietly
 from fira_hf import PUBLISHED, FiraAdamW, codes, whole
 from fira_hf import functional as F
@@ -47,13 +47,13 @@ def test_every_kernel_against_fp64(check, kernels):
 
 
 def test_what_makes_a_step_is_chosen_in_one_place(kernels):
-    assert fira_hf.state.operations(weight((4, 4))) is F
-    assert fira_hf.state.operations(Pretended(torch.ones(4, 4))) is kernels
-    assert fira_hf.state.operations_of_moments(fira_hf.state.operations(weight((4, 4)))) == (
+    assert fira_hf.matrices.operations(weight((4, 4))) is F
+    assert fira_hf.matrices.operations(Pretended(torch.ones(4, 4))) is kernels
+    assert fira_hf.matrices.operations_of_moments(fira_hf.matrices.operations(weight((4, 4)))) == (
         whole.project,
         whole.apply_updates,
     )
-    found = fira_hf.state.operations_of_moments(fira_hf.state.operations(Pretended(torch.ones(4, 4))))
+    found = fira_hf.matrices.operations_of_moments(fira_hf.matrices.operations(Pretended(torch.ones(4, 4))))
     assert found == (kernels.project_moments, kernels.apply_moment_updates)
 
 
@@ -154,9 +154,9 @@ def test_the_kernels_compile_for_gpus():
 
 def test_the_kernels_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("FIRA_HF_TRITON", "0")
-    assert fira_hf.state._operations.__wrapped__("cuda") is F
+    assert fira_hf.matrices._operations.__wrapped__("cuda") is F
     monkeypatch.setenv("FIRA_HF_TRITON", "1")
-    assert fira_hf.state._operations.__wrapped__("cuda") is not F
+    assert fira_hf.matrices._operations.__wrapped__("cuda") is not F
 
 
 def test_a_step_on_the_cpu_does_not_import_triton(tmp_path):
@@ -196,12 +196,12 @@ def tolerance(settings):
 def test_steps_are_those_of_the_torch_code(shape, settings, monkeypatch, kernels):
     """Over several refreshes, by the torch code for accelerators and by the kernels. Codes are rounded to the nearest,
     since each draws in its own way."""
-    for module in (fira_hf.optimizer, fira_hf.state, fira_hf.refresh):
+    for module in (fira_hf.optimizer, fira_hf.matrices, fira_hf.refresh):
         monkeypatch.setattr(module, "rounds_state", lambda group: False)
     start = weight(shape).detach()
     results = []
     for ops in (F, kernels):
-        monkeypatch.setattr(fira_hf.state, "_operations", lambda device, ops=ops: ops if device == "cuda" else F)
+        monkeypatch.setattr(fira_hf.matrices, "_operations", lambda device, ops=ops: ops if device == "cuda" else F)
         p = pretended(start)
         optimizer = optimizer_of(p, **settings)
         optimizer.track_statistics = True
@@ -272,7 +272,7 @@ def test_parts_and_experts_of_a_whole_moment(shape, settings, monkeypatch, kerne
     flat = (shape[0] * shape[1], shape[2]) if len(shape) == 3 else shape
     results = []
     for ops in (F, kernels):
-        monkeypatch.setattr(fira_hf.state, "_operations", lambda device, ops=ops: ops if device == "cuda" else F)
+        monkeypatch.setattr(fira_hf.matrices, "_operations", lambda device, ops=ops: ops if device == "cuda" else F)
         p = pretended(start)
         optimizer = optimizer_of(p, **settings, **fuses)
         for gradient in gradients(flat, 7):

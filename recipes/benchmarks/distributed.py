@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fira_hf.refresh
 from fira_hf import FiraAdamW
-from fira_hf.state import matrices_of
+from fira_hf.matrices import matrices_of
 from recipes import errors, files, measure
 from recipes.benchmarks.models import SIZES, matrices
 from recipes.benchmarks.optimizers import build

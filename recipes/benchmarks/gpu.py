@@ -90,7 +90,7 @@ def _kernels(device: str) -> Any:
     if not importlib.util.find_spec("triton"):
         raise Skipped("Triton is not installed")
     from fira_hf import functional
-    from fira_hf.state import operations
+    from fira_hf.matrices import operations
 
     one = torch.ones(1, device=device)
     found = operations(Pretended(one) if device == "cpu" else one)

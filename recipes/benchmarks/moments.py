@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fira_hf import whole
-from fira_hf.state import operations_of_moments
+from fira_hf.matrices import operations_of_moments
 from recipes.benchmarks.cases import (
     BETAS,
     COUNT,
