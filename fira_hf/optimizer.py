@@ -296,8 +296,10 @@ class FiraAdamW(torch.optim.Optimizer):
         G_norms = norms[..., :1]
         if wholes:
             R = R if active is None else torch.where(mask, R, 0.0)
-            N, N_norms = whole.equal_rows(F.orthogonalized(R, add), long)
-            R_norms = F.row_norms(R)
+            N = F.orthogonalized(R, add)
+            R_norms, N_norms = F.row_norms(R), F.row_norms(N)
+            equal = whole.equal_rows(N_norms, long, R.shape[2])
+            N_norms = equal * N_norms
         else:
             N, R_norms, N_norms = update_moments(matrices, group, R, active, add)
 
@@ -322,7 +324,7 @@ class FiraAdamW(torch.optim.Optimizer):
         B, a = phi * (s * c * eta), alpha * eta
         low_rank: tuple[Tensor, Tensor | None] = (N, R)
         if shards or wholes:
-            A = N.mul_(a).addcmul_(B, R, value=-k)
+            A = N.mul_(equal * a if wholes else a).addcmul_(B, R, value=-k)
             A, B = shards.spread(A, B, long) if shards else (A, B)
             low_rank, a = (A, None), torch.ones_like(eta)
         views = [matrix.tall(matrix.weight) for matrix in matrices]

@@ -160,11 +160,9 @@ def row_scale(X_norms: Tensor, Z_norms: Tensor, long: int, short: int, rank: int
     return phi, phi * left
 
 
-def equal_rows(N: Tensor, long: int) -> tuple[Tensor, Tensor]:
-    """N, (B, rows, r), with each row's norm sqrt(r / long), and the norms; zeros stay."""
-    norms, each = F.row_norms(N), math.sqrt(N.shape[2] / long)
-    scale = each / norms.clamp(min=F.TINY)
-    return N * scale, norms * scale
+def equal_rows(N_norms: Tensor, long: int, rank: int) -> Tensor:
+    """What makes the norms of the rows of N, (B, rows, 1), sqrt(r / long); zeros stay."""
+    return math.sqrt(rank / long) / N_norms.clamp(min=F.TINY)
 
 
 def apply_updates(

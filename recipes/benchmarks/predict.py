@@ -106,7 +106,7 @@ def int8(batch_size: int | None = 1) -> list[dict[str, Any]]:
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
                 layer.requires_grad_(False)
         activations = 0
-        for rank, state_dtype in itertools.product((128, 256, 512), ("float32", "bfloat16")):
+        for rank, state_dtype in itertools.product((128, 256, 512), ("float32", "bfloat16", "int8")):
             config = FiraConfig(rank, state_dtype=state_dtype, **targets)
             batch = (None, None) if activations or batch_size is None else (batch_size, 256)
             one = estimate_memory(model, config, *batch, optimizer=LAYERWISE)
