@@ -119,13 +119,15 @@ def describe_checkpoint(folder: Path) -> str:
     path = folder / "optimizer.pt"
     if not path.is_file():
         raise ValueError(f"--checkpoint {folder}: there is no optimizer.pt; give a checkpoint-N of the Trainer.")
-    states = torch.load(path, map_location="cpu", weights_only=True)["state"].values()
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    rank_of = {i: group["rank"] for group in saved["param_groups"] if "rank" in group for i in group["params"]}
+    states = saved["state"].values()
     held = sum(tensor.nbytes for state in states for tensor in state.values() if isinstance(tensor, Tensor))
-    projected = [state for state in states if "residual_norm" in state]
+    projected = {i: state for i, state in saved["state"].items() if "residual_norm" in state}
     if not projected:
         raise ValueError(f"--checkpoint {folder}: optimizer.pt holds no state of Fira.")
-    ranks = sorted({state.get("basis", state["exp_avg"]).shape[-1] for state in projected})
-    steps = 1 + max(state["calls"] for state in projected)
+    ranks = sorted({rank_of[i] for i in projected})
+    steps = 1 + max(state["calls"] for state in projected.values())
     return f"{path}: {held:,} bytes of state, rank {', '.join(map(str, ranks))}, after {steps} steps."
 
 

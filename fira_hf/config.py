@@ -219,8 +219,8 @@ def check_update(settings: Mapping[str, Any]) -> None:
     for name, value in MOMENT_NEEDS.items() if residual == "moment" else ():
         if settings[name] != value:
             raise ValueError(
-                f"{name}={settings[name]!r} does not go with residual='moment', which takes {name}={value!r}: leave "
-                "it out, or choose another residual."
+                f"{name}={settings[name]!r} does not go with residual='moment', which takes {name}={value!r}: set "
+                "that, as the presets subspace-muon and muon-4bit do, or choose another residual."
             )
     if residual != "moment" and settings["state_dtype"] == "int4":
         raise ValueError(
@@ -362,6 +362,8 @@ class FiraConfig:
                 setattr(self, name, sorted(value, key=lambda entry: (type(entry).__name__, entry)))
         if isinstance(self.target_modules, str):
             self.target_modules = word_or_regex(self.target_modules)
+        elif words := [word for word in WORDS if word in (self.target_modules or ())]:
+            raise ValueError(f"target_modules={self.target_modules!r} is a list: write {words[-1]!r} by itself.")
         for name in self.__dataclass_fields__:
             setattr(self, name, normalised(name, getattr(self, name)))
         self.betas = (self.betas[0], self.betas[1])

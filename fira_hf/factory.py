@@ -8,10 +8,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig
+from .config import PRESETS, PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig, unknown_name
 from .int8 import is_int8
 from .optimizer import FiraAdamW
 from .state import state_dtype_of
@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 # Weights that do not decay: the Trainer's own rule (transformers, `Trainer.get_decay_parameter_names`).
 NO_DECAY_NAMES = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 
+# Settings that choose layers by their names, which parameters alone do not have.
+OF_LAYERS = {"target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"}
+OF_LAYERS |= {"rank_pattern", "alpha_pattern", "split_pattern"}
 # What may differ from one projected weight to another.
 OF_TARGET = ("rank", "alpha", "split", "transposed", "convolution")
 
@@ -60,21 +63,35 @@ def fira_adamw(params: Iterable[Any], lr: float = FiraConfig.lr, **settings: Any
     """The optimizer for parameters, or groups of them, whose model is not at hand: every matrix is projected.
 
     For programs that make an optimizer by a dotted name and keywords, such as sd-scripts and musubi-tuner. `settings`
-    are those of `FiraConfig` that choose no layers: `rank`, `gamma`, `weight_decay` and so on. Groups keep their own
-    learning rate and weight decay.
+    are those of `FiraConfig` that choose no layers, `rank`, `gamma`, `weight_decay` and so on, and `preset`, one of
+    `PRESETS`, which they override. Groups keep their own learning rate and weight decay.
 
     Raises:
-        ValueError: a setting is not valid, or there is no matrix that is trained.
+        ValueError: a setting is unknown or not valid, or there is no matrix that is trained.
     """
+    valid = [name for name in FiraConfig.__dataclass_fields__ if name not in {"lr"} | OF_LAYERS]
+    for name in settings.keys() - {"preset"}:
+        if name not in valid:
+            raise ValueError(f"fira_adamw: {unknown_name('setting', name, valid)}")
+    preset = settings.pop("preset", None)
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"fira_adamw: {unknown_name('preset', str(preset), list(PRESETS))}")
+    settings = {**PRESETS.get(preset, {}), **settings}
     entries = list(params)
     groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
-    groups = [{**group, "params": list(group["params"])} for group in groups]
-    weights = nn.ParameterList(p for group in groups for p in group["params"])
+    groups = [{**group, "params": _listed(group["params"])} for group in groups]
+    weights = nn.ParameterList(
+        entry[1] if isinstance(entry, tuple) else entry for group in groups for entry in group["params"]
+    )
     trained = [(name, p) for name, p in weights.named_parameters() if p.requires_grad]
     matrices = [name for name, p in trained if p.ndim == 2 and min(p.shape) > 1]
     if not matrices:
         raise ValueError(f"fira_adamw is given no matrix that is trained, but {len(weights)} others: use AdamW.")
     return build_optimizer(weights, FiraConfig(lr=lr, target_parameters=matrices, **settings), groups)
+
+
+def _listed(params: Any) -> list[Any]:
+    return [params] if isinstance(params, Tensor) else list(params)
 
 
 def build_optimizer(model: nn.Module, config: FiraConfig, params: Iterable[Any]) -> FiraAdamW:
@@ -134,12 +151,12 @@ def summarize(model: nn.Module, plan: TargetPlan) -> str:
         f"Fira projects {matrices} matrices {within}({by_rank}) with {size:,} of {trainable:,} trainable parameters "
         f"({size / trainable:.1%})."
     ]
-    codes = sum(map(is_int8, projected + skipped))
-    if codes:
-        lines.append(f"{codes} of the trained weights are int8 with a scale for each row, and rounded at random.")
     useless = sum(t.matrices for t in plan.projected if t.state_bytes >= adamw_state_bytes(t.parameter))
     if useless:
         lines.append(f"{useless} of them need at least as much state as with AdamW: lower the rank, or exclude them.")
+    codes = sum(map(is_int8, projected + skipped))
+    if codes:
+        lines.append(f"{codes} of the trained weights are int8 with a scale for each row, and rounded at random.")
     if skipped:
         count: Counter[str] = Counter()
         numel: Counter[str] = Counter()

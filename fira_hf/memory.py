@@ -245,14 +245,25 @@ def predict_memory(
             raise ValueError(unknown_name("method", name, list(METHODS)))
         optimizer, lora = METHODS[name].optimizer, METHODS[name].lora
         if dtype == INT8 and name not in TRAIN_INT8:
-            raise ValueError(f"{name} trains no int8 weights: choose of {', '.join(TRAIN_INT8)}, or another dtype.")
+            raise ValueError(
+                f"{name} trains no weights of dtype={dtype!r}: choose of {', '.join(TRAIN_INT8)}, or another dtype."
+            )
+        if dtype == INT8 and residual == "moment" and optimizer != "adamw":
+            raise ValueError(f"residual={residual!r} trains no weights of dtype={dtype!r}: choose another of the two.")
         if lora is not None and target_modules == ALL_LINEAR_AND_CONV:
             raise ValueError(
-                f"target_modules={target_modules!r} is no word of PEFT's, which method {name} needs: name the modules."
+                f"target_modules={target_modules!r} is no word of PEFT's, which {name} needs: name the modules, or "
+                "leave such methods out."
             )
         if lora not in models:
             model = build_on_meta(model_config, dtype)
-            find_targets(model, config)  # every entry must match; PEFT ignores one that does not
+            plan = find_targets(model, config)  # every entry must match; PEFT ignores one that does not
+            widest = max(max(target.parameter.shape) for target in plan.projected)
+            if lora is not None and lora_rank > widest:
+                raise ValueError(
+                    f"lora_rank={lora_rank} is above the sides of all matrices, to which {name} adds A and B: set "
+                    "lora_rank, or leave such methods out."
+                )
             models[lora] = model if lora is None else _add_lora(model, lora_rank, target_modules, lora)
             if gradient_checkpointing:
                 switch_on_checkpointing(models[lora])

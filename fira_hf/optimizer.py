@@ -74,12 +74,13 @@ class FiraAdamW(torch.optim.Optimizer):
                                        accelerator, whose updates the host does not know, at calls
         seed           int             of what is drawn at random
         calls          int             of `step()` with a gradient, usable or not, since the first one
-        basis          short x r       orthonormal columns; none with projection="columns"
-        exp_avg        long x r        first moment of G Q
+        basis          short x r       orthonormal columns; none for columns, or for a whole moment at full rank
+        exp_avg        long x r        first moment of G Q; with residual="moment" of G, as large as the weight
         exp_avg_sq     long x r        second moment of G Q (base_optimizer="adamw")
         exp_avg_sq_row long x 1        of its means over rows ("adafactor")
         exp_avg_sq_col 1 x r           of its sums over columns ("adafactor")
-        *_scale        rows x r / 32   state_dtype="int8": basis, exp_avg and exp_avg_sq are codes, see `codes`
+        *_scale        rows x r / 32   state_dtype="int8": basis, exp_avg and exp_avg_sq are codes, see `codes`; of a
+                                       whole moment rows x columns / 32, see `whole`
         residual_norm  0-dim           norm of the last residual, as limited; infinite: none, or a negligible one
 
     The state of a stack, or of a matrix in parts, has one more dimension in front (the parts of a matrix one after

@@ -165,8 +165,11 @@ def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> State:
 def loaded_state(p: Any, saved: dict[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a saved state on the weight's device, in the dtypes in which it was saved."""
     device, state = local(p.data).device, State()
+    kept = kept_tensors(p.shape, group) if "residual_norm" in saved else saved
     for name, value in saved.items():
         if isinstance(value, Tensor):
+            if name not in kept:
+                continue  # the basis of a whole moment at full rank, which earlier versions kept
             is_basis = name == "basis" and value.is_floating_point()  # and no codes, which are decoded
             value = F.column_major(value.to(device)) if is_basis else value.to(device, copy=True).contiguous()
         state[name] = value

@@ -264,7 +264,7 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
     for layer in trained:
         keys = {name: _pattern_key(pattern, layer) for name, pattern in patterns.items()}
         own: dict[str, Any] = {name: patterns[name][key] for name, key in keys.items() if key is not None}
-        if (reason := _why_not(layer, config, own.get("rank", config.rank))) is not None:
+        if (reason := _why_not(layer, config, own.get("rank", config.rank), own.get("split", 1))) is not None:
             reasons.setdefault(layer.weight, reason)
             continue
         if (layer.is_linear and layer.weight.ndim != 2) or (layer.is_conv and layer.weight.ndim < 3):
@@ -358,7 +358,7 @@ def _check_split(layer: Layer, split: int) -> None:
         )
 
 
-def _why_not(layer: Layer, config: FiraConfig, rank: int) -> str | None:
+def _why_not(layer: Layer, config: FiraConfig, rank: int, split: int) -> str | None:
     if layer.is_empty:
         return "without elements"
     if _is_named(config, layer):
@@ -366,7 +366,9 @@ def _why_not(layer: Layer, config: FiraConfig, rank: int) -> str | None:
     elif config.target_modules in WORDS:
         if layer.is_head:
             return "output head"
-        if layer.is_convolution and min(folded_shape(layer.weight.shape, True)) <= rank:
+        # At its full rank a low-rank state is larger than AdamW's. A whole moment is not.
+        gains_nothing = config.residual != "moment" and layer.is_convolution
+        if gains_nothing and long_and_short(folded_shape(layer.weight.shape, True), split, False)[1] <= rank:
             return "convolution no wider than its rank"
     elif layer.is_experts:
         return "stacked experts, not in target_parameters"

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from conftest import build_llama, trainer_groups
-from fira_hf import PUBLISHED, FiraAdamW, FiraConfig, get_fira_optimizer
+from fira_hf import PRESETS, PUBLISHED, FiraAdamW, FiraConfig, get_fira_optimizer
 from fira_hf.layerwise import step_in_backward
 from fira_hf.matrices import matrices_of
 from fira_hf.memory import estimate_memory, predict_memory
@@ -294,6 +294,14 @@ def test_which_convolutions_are_chosen(tmp_path):
         "volume.weight",
         "grouped.weight",
         "up.weight",
+    }
+    # Of two parts each has 12 outputs.
+    assert "grouped.weight" in names(model, target_modules=ALL, rank=11, split_pattern={"grouped": 2})
+    with pytest.raises(ValueError, match="split_pattern: 'grouped' matches no projected layer"):
+        names(model, target_modules=ALL, rank=12, split_pattern={"grouped": 2})
+    # A whole moment is smaller than AdamW's two at any rank.
+    assert not reasons(model, target_modules=ALL, **PRESETS["muon-4bit"]).keys() & {
+        name for name, p in model.named_parameters() if p.ndim > 1
     }
     assert names(model, target_modules=["up", "conv_out"]) == {"up.weight", "conv_out.weight"}
     assert names(model, target_modules=r"line|volume") == {"line.weight", "volume.weight"}

@@ -306,7 +306,17 @@ def test_of_parameters_without_a_model_matrices_are_projected():
     weights = [nn.Parameter(torch.ones(shape)) for shape in ((8, 6), (4, 3, 3, 3), (5,), (7, 1))]
     optimizer = fira_adamw(weights, lr=1e-3, rank=2)
     assert [(group.get("rank"), len(group["params"])) for group in optimizer.param_groups] == [(2, 1), (None, 3)]
-    with pytest.raises(TypeError, match="rnk"):
-        fira_adamw(weights, rnk=2)
+    for form in (enumerate(weights), [{"params": weights[0]}, {"params": weights[1:]}]):
+        given = [(f"weight {i}", p) for i, p in form] if isinstance(form, enumerate) else form
+        optimizer = fira_adamw(given, rank=2)
+        assert [(group.get("rank"), len(group["params"])) for group in optimizer.param_groups] == [(2, 1), (None, 3)]
+    assert fira_adamw(weights, preset="muon-4bit", gamma=3.0).param_groups[0]["rank"] == 6
+    for unknown, word in (
+        ({"rnk": 2}, "rnk"),
+        ({"target_modules": ["0"]}, "target_modules"),
+        ({"preset": "moun"}, "moun"),
+    ):
+        with pytest.raises(ValueError, match=f"fira_adamw: Unknown .*'{word}'"):
+            fira_adamw(weights, **unknown)
     with pytest.raises(ValueError, match="no matrix that is trained, but 3 others"):
         fira_adamw(weights[1:], rank=2)

@@ -266,7 +266,7 @@ def test_the_peak_of_a_step_is_predicted_within_five_percent(monkeypatch):
 
 
 def test_methods_that_train_no_int8_weights_are_refused():
-    with pytest.raises(ValueError, match="galore trains no int8 weights: choose of adamw, fira"):
+    with pytest.raises(ValueError, match="galore trains no weights of dtype='int8': choose of adamw, fira"):
         predict_memory(build_llama().config, ["galore"], 4, dtype="int8")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fira_hf import FiraAdamW
-from fira_hf import state as state_module
+from fira_hf import matrices as matrices_module
 from recipes.benchmarks.memory import allocations, peak
 from reference import weight
 
@@ -26,7 +26,7 @@ def test_the_meter_sees_what_a_naive_step_allocates():
 @pytest.mark.parametrize("shapes", [[s] for s in SHAPES] + [SHAPES * 2], ids=str)
 def test_no_tensor_of_the_weights_size(shapes, track_statistics, monkeypatch):
     """Beyond the state: four low-rank gradients (long x rank), whatever the number of matrices."""
-    monkeypatch.setitem(state_module.BATCH, "cpu", RANK * 128)  # a batch is one matrix
+    monkeypatch.setitem(matrices_module.BATCH, "cpu", RANK * 128)  # a batch is one matrix
     parameters = [weight(s, seed=i) for i, s in enumerate(shapes)]
     optimizer = FiraAdamW(
         [{"params": parameters, "rank": RANK, "alpha": 0.25, "update_proj_gap": 100}], lr=1e-3, weight_decay=0.1
@@ -48,7 +48,7 @@ def test_no_tensor_of_the_weights_size(shapes, track_statistics, monkeypatch):
 
 def test_small_matrices_go_together_up_to_a_limit(monkeypatch):
     """Of 12 matrices, batches of 5, 5 and 2: four low-rank gradients of a batch, at most."""
-    monkeypatch.setitem(state_module.BATCH, "cpu", 5 * 16 * 64)
+    monkeypatch.setitem(matrices_module.BATCH, "cpu", 5 * 16 * 64)
     parameters = [weight((64, 32), seed=i) for i in range(12)]
     optimizer = FiraAdamW([{"params": parameters, "rank": 16, "update_proj_gap": 100, "refresh": "together"}], lr=1e-3)
     generator = torch.Generator().manual_seed(0)
