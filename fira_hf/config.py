@@ -362,10 +362,10 @@ class FiraConfig:
                 setattr(self, name, sorted(value, key=lambda entry: (type(entry).__name__, entry)))
         if isinstance(self.target_modules, str):
             self.target_modules = word_or_regex(self.target_modules)
-        elif words := [word for word in WORDS if word in (self.target_modules or ())]:
-            raise ValueError(f"target_modules={self.target_modules!r} is a list: write {words[-1]!r} by itself.")
         for name in self.__dataclass_fields__:
             setattr(self, name, normalised(name, getattr(self, name)))
+        if isinstance(self.target_modules, list) and (words := set(WORDS).intersection(self.target_modules)):
+            raise ValueError(f"target_modules={self.target_modules!r} is a list: write {words.pop()!r} by itself.")
         self.betas = (self.betas[0], self.betas[1])
         check_update(vars(self))
         if not self.target_modules and self.target_parameters is None:

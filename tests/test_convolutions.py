@@ -295,6 +295,8 @@ def test_which_convolutions_are_chosen(tmp_path):
         "grouped.weight",
         "up.weight",
     }
+    with pytest.raises(ValueError, match=f"is a list: write '{ALL}' by itself"):
+        names(model, target_modules=[ALL])
     # Of two parts each has 12 outputs.
     assert "grouped.weight" in names(model, target_modules=ALL, rank=11, split_pattern={"grouped": 2})
     with pytest.raises(ValueError, match="split_pattern: 'grouped' matches no projected layer"):
