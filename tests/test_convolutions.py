@@ -353,7 +353,10 @@ def test_the_bytes_are_those_predicted(settings, dtype):
     optimizer.step()
     held = sum(value.nbytes for state in optimizer.state.values() for value in tensors(state).values())
     assert held == estimate_memory(model, config).optimizer_state
-    assert f"{held:,} bytes" in optimizer.summary and "Fira projects 8 matrices in 7 weights" in optimizer.summary
+    assert f"{held:,} bytes" in optimizer.summary
+    # conv_out has 3 outputs, which a whole moment does not mind.
+    chosen = "9 matrices in 8 weights" if "residual" in settings else "8 matrices in 7 weights"
+    assert f"Fira projects {chosen}" in optimizer.summary
     assert not any(torch.equal(p, start[name]) for name, p in model.named_parameters())
 
 
@@ -361,7 +364,7 @@ def test_what_others_cannot_do_with_convolutions():
     config = FiraConfig(rank=8, target_modules=ALL)
     with pytest.raises(ValueError, match="optimizer='galore' projects matrices and no convolutions such as conv_in"):
         estimate_memory(build(), config, optimizer="galore")
-    with pytest.raises(ValueError, match="'all-linear-and-conv' is no word of PEFT's, which method lora needs"):
+    with pytest.raises(ValueError, match="'all-linear-and-conv' is no word of PEFT's, which lora needs"):
         predict_memory(build_llama().config, ["lora"], 8, ALL)
 
 
