@@ -17,7 +17,7 @@ from torch import Tensor
 from . import functional as F
 from .codes import FIRST, SECOND, Code
 from .factors import are_aligned, table_of
-from .tiles import draws, pointer
+from .tiles import draws, moved, pointer
 from .whole import GROUP as WITH_ONE_SCALE
 
 GROUP = tl.constexpr(WITH_ONE_SCALE)
@@ -111,20 +111,13 @@ def _direction_kernel(
     M = pointer(table + 6 * matrix, tl.int8, ALIGNED)
     M_scales = pointer(table + 6 * matrix + 1, tl.bfloat16, ALIGNED)
     m = _read(M, M_scales, rows, is_row, rank, True, M_OCTAVES, M_BITS, BLOCK_R)
-    if BASE == "muon":  # what is yet to be orthogonalized
-        m = b1 * m + c1 * r
-        n = b1 * m + c1 * r
-    elif BASE == "lion":
-        mixed = b1 * m + c1 * r
-        n = tl.where(mixed > 0, 1.0, 0.0) - tl.where(mixed < 0, 1.0, 0.0)
-        m = b2 * m + c2 * r
-    else:
+    v = m
+    if BASE == "adamw":
         V = pointer(table + 6 * matrix + 3, tl.uint8, ALIGNED)
         V_scales = pointer(table + 6 * matrix + 4, tl.bfloat16, ALIGNED)
         v = _read(V, V_scales, rows, is_row, rank, False, V_OCTAVES, V_BITS, BLOCK_R)
-        m = b1 * m + c1 * r
-        v = b2 * v + c2 * r * r
-        n = tl.where(inside, m / (tl.sqrt(v) + eps), 0.0)
+    n, m, v = moved(r, m, v, inside, b1, b2, c1, c2, eps, BASE)
+    if BASE == "adamw":
         seed = tl.load(table + 6 * matrix + 5)
         _write(v, V, V_scales, rows, is_row, rank, seed, False, V_OCTAVES, V_BITS, AT_RANDOM, BLOCK_R)
     _write(

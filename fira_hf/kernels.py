@@ -35,7 +35,18 @@ from .code_kernels import direction_of_codes as direction_of_codes
 from .code_kernels import encode as encode
 from .factors import DTYPES, about_moments, addresses_of, are_aligned, table_of
 from .int8_kernel import apply_int8_updates as apply_int8_updates
-from .tiles import dot, draws, looked_ahead, pointer, read_moment, read_scales, rounded, rounded_by, write_moment
+from .tiles import (
+    dot,
+    draws,
+    looked_ahead,
+    moved,
+    pointer,
+    read_moment,
+    read_scales,
+    rounded,
+    rounded_by,
+    write_moment,
+)
 from .whole import Whole
 
 
@@ -128,18 +139,11 @@ def _direction_kernel(
     place = matrix * long + rows
     r = tl.load(R + place[:, None] * rank + columns[None, :], mask=inside, other=0.0)
     m = tl.load(M + own, mask=inside, other=0.0).to(tl.float32)
-    if BASE == "muon":  # what is yet to be orthogonalized
-        m = b1 * m + c1 * r
-        n = b1 * m + c1 * r
-    elif BASE == "lion":
-        mixed = b1 * m + c1 * r
-        n = tl.where(mixed > 0, 1.0, 0.0) - tl.where(mixed < 0, 1.0, 0.0)
-        m = b2 * m + c2 * r
-    else:
+    v = m
+    if BASE == "adamw":
         v = tl.load(V + own, mask=inside, other=0.0).to(tl.float32)
-        m = b1 * m + c1 * r
-        v = b2 * v + c2 * r * r
-        n = tl.where(inside, m / (tl.sqrt(v) + eps), 0.0)
+    n, m, v = moved(r, m, v, inside, b1, b2, c1, c2, eps, BASE)
+    if BASE == "adamw":
         tl.store(V + own, rounded(v, tl.load(table + 4 * matrix + 3), own, DTYPE, AT_RANDOM, INTERPRETED), mask=inside)
     tl.store(M + own, rounded(m, tl.load(table + 4 * matrix + 2), own, DTYPE, AT_RANDOM, INTERPRETED), mask=inside)
     written = (rows[:, None] < long) & (columns[None, :] < rank)

@@ -94,6 +94,24 @@ def looked_ahead(m, g, beta, ahead, G_DTYPE: tl.constexpr, INTERPRETED: tl.const
 
 
 @triton.jit
+def moved(r, m, v, inside, b1, b2, c1, c2, eps, BASE: tl.constexpr):
+    """N, M and V of `functional.direction` from tiles of R, M and V. Muon's N is yet to be orthogonalized; V is Adam's
+    alone. c1 and c2 are 1 - b1 and 1 - b2."""
+    if BASE == "lion":
+        mixed = b1 * m + c1 * r
+        n = tl.where(mixed > 0, 1.0, 0.0) - tl.where(mixed < 0, 1.0, 0.0)
+        m = b2 * m + c2 * r
+    else:
+        m = b1 * m + c1 * r
+        if BASE == "muon":
+            n = b1 * m + c1 * r
+        else:
+            v = b2 * v + c2 * r * r
+            n = tl.where(inside, m / (tl.sqrt(v) + eps), 0.0)
+    return n, m, v
+
+
+@triton.jit
 def _read_scales(
     scales, first_row, first_column, rows, columns, s_row,
     MOMENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
