@@ -74,11 +74,6 @@ def negligible(state: Mapping[str, Any]) -> float:
     return NEGLIGIBLE if is_coded(state, "basis") else F.NEGLIGIBLE
 
 
-def groups(n: int) -> int:
-    """How many scales a row of n codes has; the last group may be a short one."""
-    return -(-n // GROUP)
-
-
 def encode(values: Tensor, code: Code, seeds: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """Codes (B, rows, r) and scales (B, rows, groups) of finite fp32 values (B, rows, r).
 

@@ -251,6 +251,17 @@ def unknown_name(kind: str, name: str, valid: list[str]) -> str:
     return f"Unknown {kind} {name!r}.{hint} Valid: {', '.join(valid)}."
 
 
+def with_preset(settings: dict[str, Any], source: str) -> dict[str, Any]:
+    """The settings, over those of the preset that `preset` among them names; `source` begins the error."""
+    own = dict(settings)
+    preset = own.pop("preset", None)
+    if preset is None:
+        return own
+    if preset not in PRESETS:
+        raise ValueError(f"{source}: {unknown_name('preset', str(preset), list(PRESETS))}")
+    return PRESETS[preset] | own
+
+
 @dataclass
 class FiraConfig:
     """Settings of Fira (arXiv 2410.01623), named as in the published code. Matching follows PEFT's `LoraConfig`.

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import PRESETS, PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig, unknown_name
+from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig, unknown_name, with_preset
 from .int8 import is_int8
 from .optimizer import FiraAdamW
 from .state import state_dtype_of
@@ -73,10 +73,7 @@ def fira_adamw(params: Iterable[Any], lr: float = FiraConfig.lr, **settings: Any
     for name in settings.keys() - {"preset"}:
         if name not in valid:
             raise ValueError(f"fira_adamw: {unknown_name('setting', name, valid)}")
-    preset = settings.pop("preset", None)
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"fira_adamw: {unknown_name('preset', str(preset), list(PRESETS))}")
-    settings = {**PRESETS.get(preset, {}), **settings}
+    settings = with_preset(settings, "fira_adamw")
     entries = list(params)
     groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
     groups = [{**group, "params": _listed(group["params"])} for group in groups]

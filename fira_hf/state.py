@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from . import functional as F
 from . import int8, whole
-from .codes import CODES, SCALE, groups
+from .codes import CODES, SCALE
 from .config import PACKED
 from .distributed import local, own_of_stack, sharded_like, shards_of
 
@@ -135,7 +135,7 @@ def _kept_tensors(shape: tuple[int, ...], *of_group: Any) -> dict[str, Kept]:
         for name in [name for name in CODES if name in kept]:
             (*outer, _), along = kept[name].shape, kept[name].along
             kept[name] = Kept((*outer, r), CODES[name].dtype, along)
-            kept[name + SCALE] = Kept((*outer, groups(r)), torch.bfloat16, along)
+            kept[name + SCALE] = Kept((*outer, whole.scales_in(r)), torch.bfloat16, along)
     return {**kept, "step": Kept(stack, torch.float32), "residual_norm": Kept(stack, torch.float32)}
 
 

@@ -19,7 +19,7 @@ from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import OptimizerNames, ParallelMode
 
 from . import int8
-from .config import ALL_LINEAR, LAYERWISE, PRESETS, WORDS, FiraConfig, plain, unknown_name, word_or_regex
+from .config import ALL_LINEAR, LAYERWISE, WORDS, FiraConfig, plain, unknown_name, with_preset, word_or_regex
 from .factory import build_optimizer
 from .layers import target_layers, weights
 from .layerwise import StepInBackward, step_in_backward
@@ -391,16 +391,12 @@ def parse_optim_args(given: Any) -> dict[str, Any]:
             settings[name] = None if is_none else value if is_typed else kind(value)
         except ValueError:
             raise ValueError(f"optim_args={given!r}: {name}={value!r} is not {KINDS[kind]}.") from None
-    preset = settings.pop("preset", None)
-    if preset is None:
-        return settings
-    if preset not in PRESETS:
-        raise ValueError(f"optim_args={given!r}: {unknown_name('preset', preset, list(PRESETS))}")
-    if "config" in settings:
+    found = with_preset(settings, f"optim_args={given!r}")
+    if "preset" in settings and "config" in settings:
         raise ValueError(
             f"optim_args={given!r}: preset and config exclude each other: write the preset into the file."
         )
-    return PRESETS[preset] | settings
+    return found
 
 
 def _entries(given: Any) -> Iterator[tuple[str, Any]]:

@@ -36,10 +36,15 @@ GROUP = 32  # values with one scale
 BLOCK = 2**18  # elements that are taken together: what is made of them stays in the cache
 
 
+def scales_in(n: int) -> int:
+    """How many scales a row of n codes has; the last group may be a short one."""
+    return -(-n // GROUP)
+
+
 def packed_shapes(shape: Sequence[int], bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of codes (int8, or uint8 with two 4-bit codes) and scales (bf16) of a tensor; groups are filled up."""
     *outer, last = shape
-    groups = -(-last // GROUP)
+    groups = scales_in(last)
     return (*outer, groups * GROUP * bits // 8), (*outer, groups)
 
 

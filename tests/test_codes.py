@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fira_hf import FiraAdamW, FiraConfig, codes
+from fira_hf import FiraAdamW, FiraConfig, codes, whole
 from fira_hf import functional as F
 from fira_hf.codes import BASIS, CODES, SECOND, value
 from reference import fira_step, gradients, spoiled, weight
@@ -45,7 +45,7 @@ def test_a_code_is_one_of_the_two_neighbours_and_their_mean_the_value(code, r):
     if code is SECOND:
         values = values.square()
     stored, scales = codes.encode(values.expand(400, -1, -1), code, range(400))
-    assert stored.shape == (400, 8, r) and scales.shape == (400, 8, codes.groups(r))
+    assert stored.shape == (400, 8, r) and scales.shape == (400, 8, whole.scales_in(r))
     found = codes.decode(stored, scales, code)
     of_groups = scales[0].float().repeat_interleave(codes.GROUP, -1)[:, :r]
     # a step is at most 2^-bits of what the value is after its offset
