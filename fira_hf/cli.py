@@ -1,7 +1,8 @@
 """What a training would need and project, from a model's configuration alone.
 
-fira-hf memory --model PATH_OR_NAME [--method fira,adamw,...] [--rank R] [--batch_size B --sequence_length L]
-fira-hf inspect --model PATH_OR_NAME [--rank R] [--checkpoint DIR]
+fira-hf memory --model PATH_OR_NAME [--method fira,adamw,...] [--rank R] [--preset NAME]
+               [--batch_size B --sequence_length L]
+fira-hf inspect --model PATH_OR_NAME [--rank R] [--preset NAME] [--checkpoint DIR]
 """
 
 from __future__ import annotations
@@ -12,21 +13,21 @@ import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
-from .config import ALL_LINEAR, WORDS, FiraConfig
+from .config import ALL_LINEAR, PRESETS, WORDS, FiraConfig, with_preset
 from .factory import summarize
-from .memory import INT8, METHODS, TRAIN_INT8, MemoryEstimate, build_on_meta, predict_memory
+from .memory import METHODS, TRAIN_INT8, MemoryEstimate, predict_memory
+from .meta_models import INT8, build_on_meta
 from .targets import find_targets
 
 GIB = 2**30
 COLUMNS = ("weights", "gradients", "optimizer_state", "activations", "total")
-
-
 # Settings of Fira that decide how large its state is, beside the rank.
 OF_STATE = ("state_dtype", "base_optimizer", "projection", "residual")
 
@@ -38,7 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="which weights Fira would project, and what a checkpoint holds")
     for one in (memory, inspect):
         one.add_argument("--model", required=True, help="folder, config.json or name on the hub")
-        one.add_argument("--rank", type=int, default=FiraConfig.rank, help="of the projection (default: %(default)s)")
+        one.add_argument("--preset", help=f"settings of Fira: {', '.join(PRESETS)}; those given beside it go first")
+        one.add_argument("--rank", type=int, help=f"of the projection (default: {FiraConfig.rank})")
         one.add_argument(
             "--target_modules",
             nargs="+",
@@ -47,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
             help=f"names of layers, exact or a dotted suffix, or one of {', '.join(WORDS)} (default: {ALL_LINEAR})",
         )
         for name in OF_STATE:
-            one.add_argument(f"--{name}", default=getattr(FiraConfig, name), help="of Fira (default: %(default)s)")
+            one.add_argument(f"--{name}", help=f"of Fira (default: {getattr(FiraConfig, name)})")
     memory.add_argument(
         "--method",
         help=f"one or more, with commas between (default: {','.join(METHODS)}; for int8 {','.join(TRAIN_INT8)})",
@@ -86,16 +88,23 @@ def table(found: dict[str, MemoryEstimate]) -> str:
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
 
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Rank and settings of the state: those given, over those of the preset, over the defaults."""
+    names = ("rank", *OF_STATE)
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    found = with_preset({"preset": options.preset} | given, "--preset")
+    return {name: found.get(name, getattr(FiraConfig, name)) for name in names}
+
+
 def memory(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
     methods = options.method or ",".join(TRAIN_INT8 if options.dtype == INT8 else METHODS)
     found = predict_memory(
         model_config,
         methods.split(","),
-        options.rank,
-        options.target_modules,
+        target_modules=options.target_modules,
         lora_rank=options.lora_rank,
         dtype=options.dtype,
-        **{name: getattr(options, name) for name in OF_STATE},
+        **settings_of(options),
         batch_size=options.batch_size,
         sequence_length=options.sequence_length,
         gradient_checkpointing=options.gradient_checkpointing,
@@ -106,7 +115,7 @@ def memory(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
 
 
 def inspect(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
-    config = FiraConfig(**{name: getattr(options, name) for name in ("rank", "target_modules", *OF_STATE)})
+    config = FiraConfig(target_modules=options.target_modules, **settings_of(options))
     model = build_on_meta(model_config, "float32")
     lines = [summarize(model, find_targets(model, config))]
     if options.checkpoint is not None:

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fira_hf.memory import build_on_meta
+from fira_hf.meta_models import build_on_meta
 from recipes import checkpoints, errors
 
 EMBEDDED = "smollm2-135m-instruct"

@@ -57,6 +57,10 @@ def test_the_options_reach_the_prediction(folder, capsys):
     assert total("fira", "--base_optimizer", "lion")["optimizer_state"] < total("fira")["optimizer_state"]
     assert total("fira", "--target_modules", "q_proj")["optimizer_state"] > total("fira")["optimizer_state"]
     assert total("lora", "--lora_rank", "8")["gradients"] == 2 * total("lora")["gradients"]
+    moment = ["--residual", "moment", "--base_optimizer", "muon", "--state_dtype", "int4"]
+    assert total("fira", "--preset", "subspace-muon") == total("fira", *moment)
+    of_preset = [total("fira", "--preset", "muon-4bit", "--rank", rank)["optimizer_state"] for rank in ("4", "8")]
+    assert of_preset[0] < of_preset[1]
     batch = ["--batch_size", "8", "--sequence_length", "32"]
     assert total("lora", *batch)["activations"] > total("lora", *batch, "--gradient_checkpointing")["activations"] > 0
 
@@ -72,6 +76,7 @@ def test_the_options_reach_the_prediction(folder, capsys):
         (["--target_modules", "q_pro"], "'q_proj'"),
         (["--state_dtype", "float16"], "state_dtype='float16'"),
         (["--base_optimizer", "adam"], "base_optimizer='adam'"),
+        (["--preset", "subspace_muon"], "'subspace-muon'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

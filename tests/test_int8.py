@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from conftest import build_llama
 from fira_hf import FiraAdamW, FiraConfig, functional, get_fira_optimizer, int8
 from fira_hf.layerwise import step_in_backward
-from fira_hf.memory import predict_memory, switch_on_checkpointing
+from fira_hf.memory import predict_memory
+from fira_hf.meta_models import switch_on_checkpointing
 from recipes import measure
 from recipes.benchmarks.memory import allocations, peak
 from test_accelerator import no_reads

@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from conftest import build_llama, build_mixtral
 from fira_hf import FiraConfig, get_fira_optimizer
 from fira_hf.layerwise import step_in_backward
-from fira_hf.memory import estimate_memory, predict_memory, switch_on_checkpointing
+from fira_hf.memory import estimate_memory, predict_memory
+from fira_hf.meta_models import switch_on_checkpointing
 from fira_hf.targets import find_targets
 from recipes import measure
 from recipes.benchmarks import predict

@@ -23,7 +23,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from fira_hf import FiraConfig
 from fira_hf.config import LAYERWISE
-from fira_hf.memory import MemoryEstimate, build_on_meta, estimate_memory, predict_memory, switch_on_checkpointing
+from fira_hf.memory import MemoryEstimate, estimate_memory, predict_memory
+from fira_hf.meta_models import build_on_meta, switch_on_checkpointing
 from recipes.benchmarks.models import SIZES
 from recipes.benchmarks.options import write
 from recipes.commonsense.settings import RECIPE as COMMONSENSE

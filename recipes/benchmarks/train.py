@@ -23,7 +23,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from fira_hf import FiraConfig, int8
-from fira_hf.memory import estimate_memory, switch_on_checkpointing
+from fira_hf.memory import estimate_memory
+from fira_hf.meta_models import switch_on_checkpointing
 from recipes import errors
 from recipes.benchmarks.models import SIZES
 from recipes.benchmarks.options import parser as command_line

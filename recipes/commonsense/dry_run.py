@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from fira_hf import FiraConfig
 from fira_hf.factory import parameter_count, summarize
-from fira_hf.memory import MemoryEstimate, estimate_memory, quantise, switch_on_checkpointing
+from fira_hf.memory import MemoryEstimate, estimate_memory
+from fira_hf.meta_models import quantise, switch_on_checkpointing
 from fira_hf.targets import find_targets
 from fira_hf.trainer import config_from_args
 from recipes.commonsense.data import load_questions, load_training
