@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from . import functional as F
+from . import views
 from .codes import FIRST, is_coded, negligible, value
 
 # The residual's norm is computed again here, in another order of sums: a factor so close to 1 is no limit. Nor is one
@@ -93,7 +94,7 @@ def measure(p: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], trans
     transposed = group.get("transposed", transposed)
 
     def tall(matrix: Tensor) -> Tensor:
-        return F.tall(matrix.t() if transposed else matrix)
+        return views.tall(matrix.t() if transposed else matrix)
 
     G = tall(p.grad)
     nan = G.new_full((), torch.nan, dtype=torch.float32)

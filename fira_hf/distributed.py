@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from .functional import TINY, Basis, are_usable, folded_shape, product, total_norms, transposed_product
+from .functional import TINY, Basis, are_usable, product, total_norms, transposed_product
 from .subspace import (
     EXACT,
     cholesky_qr,
@@ -22,6 +22,7 @@ from .subspace import (
     random_sums,
     signs,
 )
+from .views import folded_shape
 
 
 def owners(costs: list[int], group: ProcessGroup | None) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import functional as F
+from . import views
 from .config import PACKED, PROJECTED_DEFAULTS, SHARED_DEFAULTS, check_update, normalised, unknown_name
 from .distributed import local
 from .int8 import is_int8
@@ -99,13 +99,13 @@ def check_weight(p: Tensor, group: dict[str, Any]) -> None:
             way += ", or set convolution=True if it is that of a convolution" if p.ndim in (4, 5) else ""
             what = f"cannot be projected, only matrices and stacks of them (3-D) can: {way}."
         raise ValueError(f"Parameter group: {name_of(p, group)} of shape {tuple(p.shape)} {what}")
-    if group["convolution"] and F.is_channels_last(local(p.data)) is None:
+    if group["convolution"] and views.is_channels_last(local(p.data)) is None:
         raise ValueError(
             f"Parameter group: {name_of(p, group)} of shape {tuple(p.shape)} lies in memory with strides "
             f"{local(p.data).stride()}, neither contiguous nor channels_last, so that no view of it is a matrix: set "
             "p.data = p.data.contiguous()."
         )
-    shape = F.folded_shape(p.shape, group["convolution"])
+    shape = views.folded_shape(p.shape, group["convolution"])
     if shape[-1 if group["transposed"] else -2] % group["split"]:
         raise ValueError(
             f"Parameter group: split={group['split']} does not divide the output dimension of {name_of(p, group)}, of "

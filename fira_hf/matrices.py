@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import functional as F
-from . import int8, whole
+from . import int8, views, whole
 from .codes import CODES, SCALE, decode, encode, is_coded
 from .distributed import Shards, local, own_of_stack, shards_of
 from .state import (
@@ -73,7 +73,7 @@ class Matrix:
         stored = [local(self.state[name]) for name in ("exp_avg", "exp_avg_scale") if name in self.state]
         split, transposed = (1, False) if self.shards else (group["split"], group["transposed"])
         # Parts come as (out, in), and a moment is read as it is stored.
-        parts = [F.parts(tensor, split, transposed)[self.index or 0] for tensor in stored]
+        parts = [views.parts(tensor, split, transposed)[self.index or 0] for tensor in stored]
         values, *scales = [part.t() for part in parts] if transposed else parts
         columns = self.weight.shape[0 if transposed else 1]
         return whole.Whole(values, scales[0] if scales else None, columns, self.is_tall == transposed)
@@ -94,7 +94,7 @@ class Matrix:
         first: int = self.state["phase"]
         if self.index is None or group["refresh"] != "staggered":
             return first
-        (count,) = F.stacked(F.folded_shape(self.parameter.shape, group["convolution"]), group["split"])
+        (count,) = views.stacked(views.folded_shape(self.parameter.shape, group["convolution"]), group["split"])
         return first + group["update_proj_gap"] * self.place // count
 
     def is_due_by_calls(self, group: dict[str, Any]) -> bool:
@@ -231,17 +231,17 @@ def matrices_of(p: Any, states: Mapping[Any, dict[str, Any]], group: dict[str, A
     """The matrices of a parameter, all with its one state, which is empty before the first of them begins."""
     split, transposed, convolution = of_layout(group)
     state: Any = states.get(p) or State()
-    shape, shards = F.folded_shape(p.shape, convolution), shards_of(p, split, transposed, convolution)
+    shape, shards = views.folded_shape(p.shape, convolution), shards_of(p, split, transposed, convolution)
     weight, grad = int8.view(local(p.detach())), local(p.grad)
     if convolution:
         follow_layout(p, state, group)
         # A gradient that lies otherwise than its weight is copied, so that both have their columns in one order.
-        channels_last = bool(F.is_channels_last(weight))
-        weight, grad = F.folded(weight, channels_last), F.folded(grad, channels_last)
+        channels_last = bool(views.is_channels_last(weight))
+        weight, grad = views.folded(weight, channels_last), views.folded(grad, channels_last)
     if shards is not None:
         return [Matrix(p, state, None, 0, shards, weight, grad, shape)]
-    weights, grads = F.parts(weight, split, transposed), F.parts(grad, split, transposed)
-    if not F.stacked(shape, split):
+    weights, grads = views.parts(weight, split, transposed), views.parts(grad, split, transposed)
+    if not views.stacked(shape, split):
         return [Matrix(p, state, None, 0, None, weights[0], grads[0], shape)]
     first = own_of_stack(p).start * split if len(shape) == 3 else 0
     both = enumerate(zip(weights, grads, strict=True))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from . import functional as F
-from . import int8, whole
+from . import int8, views, whole
 from .codes import CODES, SCALE
 from .config import PACKED
 from .distributed import local, own_of_stack, sharded_like, shards_of
@@ -118,8 +118,8 @@ def kept_tensors(shape: Iterable[int], group: Mapping[str, Any]) -> dict[str, Ke
 def _kept_tensors(shape: tuple[int, ...], *of_group: Any) -> dict[str, Kept]:
     group = dict(zip(OF_SHAPES, of_group, strict=True))
     split, transposed, convolution = of_layout(group)
-    shape = F.folded_shape(torch.Size(shape), convolution)
-    stack, (long, short) = F.stacked(shape, split), F.long_and_short(shape, split, transposed)
+    shape = views.folded_shape(torch.Size(shape), convolution)
+    stack, (long, short) = views.stacked(shape, split), views.long_and_short(shape, split, transposed)
     r, dtype, kept = min(group["rank"], short), state_dtype_of(group["state_dtype"]), {}
     if is_whole(group) and group["state_dtype"] in PACKED:
         codes, scales = whole.packed_shapes(shape, whole.BITS[group["state_dtype"]])
@@ -145,7 +145,7 @@ def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> State:
     of_part, is_stack = kept_tensors(local(p.data).shape, group), p.ndim == 3 and not group["convolution"]
     state = State(first)
     if group["convolution"]:
-        state["channels_last"] = F.is_channels_last(local(p.data))
+        state["channels_last"] = views.is_channels_last(local(p.data))
     for name, kept in kept_tensors(p.shape, group).items():
         shape = kept.shape
         if is_stack or kept.along == "weight":
@@ -196,7 +196,7 @@ def follow_layout(p: Any, state: State, group: Mapping[str, Any]) -> None:
     Before, the memory format of the model was another one: it was changed, or a checkpoint comes from there. A moment
     in codes is coded anew. A block of columns is one of other columns then, and its moments begin anew.
     """
-    channels_last = F.is_channels_last(local(p.data))
+    channels_last = views.is_channels_last(local(p.data))
     if state.get("channels_last", channels_last) == channels_last:
         return
     rows, columns = len(p) // group["split"], p[0].numel()

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import TINY, are_usable, column_major, product, tall, transposed_product
+from .functional import TINY, are_usable, column_major, product, transposed_product
+from .views import tall
 
 # Up to this many columns the exact basis, from the Gram matrix, is cheaper than a power iteration.
 EXACT = 64

@@ -28,9 +28,9 @@ import torch
 from torch import nn
 
 from .config import ALL_LINEAR, ALL_LINEAR_AND_CONV, WORDS, FiraConfig
-from .functional import folded_shape, long_and_short, stacked
 from .layers import Layer, weights
 from .state import kept_tensors, state_dtype_of
+from .views import folded_shape, long_and_short, stacked
 
 FP32 = 4  # bytes
 ADAPTERS = "add adapters (PEFT's LoRA)"  # the way out for who would train quantised weights

@@ -131,7 +131,7 @@ if sys.argv[4] == "adamw":  # what finds bases where the host does not read: the
             (matrix,) = matrices_of(p, optimizer.state, group)
             G, Q, short = matrix.tall(matrix.grad), matrix["basis"], min(p.shape)
             basis, good = matrix.shards.refine(G, Q, "power", 0, short)
-            expected, _ = subspace.refine(functional, [functional.tall(whole)], "power", [Q], [0])
+            expected, _ = subspace.refine(functional, [views.tall(whole)], "power", [Q], [0])
             assert good.item() != bad
             assert bad or (basis - expected[0]).norm() <= 1e-5 * expected.norm()
         p.grad = None

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from conftest import launch
-from fira_hf import FiraAdamW, FiraConfig, get_fira_optimizer, whole
+from fira_hf import FiraAdamW, FiraConfig, get_fira_optimizer, views, whole
 from fira_hf import functional as F
 from fira_hf.config import PRESETS
 from reference import fira_step, gradients, spoiled, weight
@@ -83,7 +83,7 @@ def test_every_step_against_the_equations(kind, alpha):
         basis = optimizer.state[p].get("basis", torch.eye(min(shape)))
         W, state, _ = fira_step(W, gradient, state, basis=basis, **settings)
         assert (p.detach().double() - W).norm() <= 1e-4 * (W - start).norm(), t
-        moment = F.tall(optimizer.state[p]["exp_avg"]).double()
+        moment = views.tall(optimizer.state[p]["exp_avg"]).double()
         assert (moment - state["exp_avg"]).norm() <= 1e-5 * state["exp_avg"].norm()
     assert optimizer.state[p]["step"] == 13
 
@@ -132,7 +132,7 @@ def test_at_full_rank_it_is_torchs_muon_with_equal_rows(kind):
         before = ours.detach().clone(), theirs.detach().clone()
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
         optimizer.step(), muon.step()
-        one, other = (F.tall(p.detach() - start) for p, start in zip((ours, theirs), before, strict=True))
+        one, other = (views.tall(p.detach() - start) for p, start in zip((ours, theirs), before, strict=True))
         moved = moved + one
         expected = expected + 1e-2 * 0.2 * math.sqrt(min(shape)) * torch.nn.functional.normalize(other, dim=1)
     assert (moved - expected).norm() <= 0.01 * expected.norm()

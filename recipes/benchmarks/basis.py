@@ -24,8 +24,8 @@ from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fira_hf.functional import tall
 from fira_hf.subspace import find_bases
+from fira_hf.views import tall
 from recipes.benchmarks.models import gradient
 from recipes.benchmarks.options import write
 from recipes.benchmarks.quality.train import Data, Regime, load, train

@@ -25,7 +25,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fira_hf import FiraAdamW
+from fira_hf import FiraAdamW, views
 from fira_hf import functional as F
 from fira_hf.subspace import leading_eigenvectors
 from recipes import files, measure
@@ -109,7 +109,7 @@ class AdaptiveFira(FiraAdamW):
     @staticmethod
     def shares_of(p: nn.Parameter, ranks: Sequence[int]) -> Tensor:
         """Of ||G||^2 in the leading directions, for each rank."""
-        G = F.tall(p.grad).double()
+        G = views.tall(p.grad).double()
         energies = torch.linalg.eigvalsh(G.T @ G).flip(0).clamp(min=0)
         return (energies.cumsum(0) / energies.sum())[torch.tensor(ranks).clamp(max=len(energies)) - 1]
 
@@ -131,7 +131,7 @@ class AdaptiveFira(FiraAdamW):
         return [self.levels[place] for place in places]
 
     def _resize(self, p: nn.Parameter, group: dict[str, Any], rank: int) -> None:
-        state, G = self.state[p], F.tall(p.grad)
+        state, G = self.state[p], views.tall(p.grad)
         Q = state["basis"]
         r = Q.shape[1]
         if rank == r:

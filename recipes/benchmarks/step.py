@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fira_hf import PRESETS, FiraConfig
-from fira_hf.functional import tall
+from fira_hf.views import tall
 from recipes import errors
 from recipes.benchmarks.models import SIZES, matrices
 from recipes.benchmarks.optimizers import BUILDERS, build
