@@ -205,7 +205,8 @@ def main(
             files.write_json(folder / rundir.SETTINGS, settings)
             (folder / rundir.TRACEBACK).unlink(missing_ok=True)  # that of an earlier attempt
     recorded = {key: value for key, value in settings.items() if key != "output_dir"}
-    provenance = measure.provenance(training.seed, ["python", "-m", f"{recipe.package}.{program}", *words])
+    command = ["python", "-m", f"{recipe.package}.{program}", *words]
+    provenance = measure.provenance(training.seed, command, training.device)
     passed_over: dict[str, str] = {}
     try:
         passed_over = choose_checkpoint(training)

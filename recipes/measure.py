@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -27,13 +28,14 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
 PEERS = ("diffusers", "fira", "galore-torch", "apollo-torch", "pytorch_optimizer", "bitsandbytes")
 
 
-def provenance(seed: int, command: list[str]) -> dict[str, Any]:
-    """Enough to run it again and to compare timings fairly. Holds no absolute path."""
+def provenance(seed: int, command: list[str], device: torch.device | str | None = None) -> dict[str, Any]:
+    """Enough to run it again and to compare timings fairly. Holds no absolute path. device: by default the GPU, if
+    there is one."""
     return {
         "versions": {name: found for name in PACKAGES + PEERS if (found := version(name))}
         | {"fira_hf": fira_hf.__version__, "python": platform.python_version()},
-        "commit": _commit(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "commit": commit(),
+        "device": torch.cuda.get_device_name() if _is_gpu(device) else _cpu(),
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "cpu_threads": torch.get_num_threads(),  # of each process
         "platform": platform.platform(),
@@ -59,8 +61,12 @@ def _cpu() -> str:
     return names[0] if names else platform.machine()
 
 
-def _commit() -> str | None:
-    """The commit of the checkout, "+" where it has changes; None outside a checkout or without git."""
+@functools.cache
+def commit() -> str | None:
+    """The commit of the checkout, "+" where it has changes; None outside a checkout or without git.
+
+    As it was when first asked: what trains for hours asks at its start, for the code that it has loaded.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -95,9 +101,13 @@ def _tensor_bytes(value: Any, found: dict[int, int]) -> None:
         _tensor_bytes(vars(value), found)
 
 
-def peak_memory() -> dict[str, Any]:
-    """Peak bytes so far: allocated on the GPU, or else resident in this process."""
-    if torch.cuda.is_available():
+def _is_gpu(device: torch.device | str | None) -> bool:
+    return torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+
+
+def peak_memory(device: torch.device) -> dict[str, Any]:
+    """Peak bytes so far: allocated on a GPU, or else resident in this process."""
+    if _is_gpu(device):
         return {"of": "gpu", "bytes": torch.cuda.max_memory_allocated()}
     unit = 1 if sys.platform == "darwin" else 1024
     return {"of": "process", "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

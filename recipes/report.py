@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from rich.table import Column as PrintedColumn
 from rich.table import Table
 
 from recipes import errors, files, rundir
-from recipes.settings import BEFORE, Recipe
+from recipes.settings import BEFORE, Recipe, difference
 
 MERGED = "results.json"
 # A column of a table: title, figure of one run, format, whether its spread over seeds tells something.
@@ -39,6 +39,11 @@ def load_results(recipe: Recipe, source: Path) -> list[dict[str, Any]]:
     return sorted(runs, key=lambda run: (order.index(run["method"]), run["settings"].get("seed", 0)))
 
 
+def validation_loss(run: dict[str, Any]) -> float | None:
+    """The mean over the held-out examples; of a result without, the Trainer's, which weights by tokens of a batch."""
+    return statistics.mean(run["held_out"]["losses"]) if run.get("held_out") else run.get("eval_loss")
+
+
 def write_report(recipe: Recipe, source: Path, title: str, caption: str, describe: Describe) -> None:
     """Write the report beside its source and print its tables, of which `caption` says what they show."""
     console = Console()
@@ -47,6 +52,7 @@ def write_report(recipe: Recipe, source: Path, title: str, caption: str, describ
     runs = load_results(recipe, source)
     finished = [run for run in runs if run["status"] == "ok"]
     trained = [run for run in finished if run["method"] != BEFORE]
+    _check_seeds(trained)
     parts, merged = [f"# {title}", ""], {"runs": runs}
     if trained:
         lines, tables, more = describe(finished, folder)
@@ -60,6 +66,17 @@ def write_report(recipe: Recipe, source: Path, title: str, caption: str, describ
             console.print(f"[bold red]{_name(run)} failed[/]: {escape(run['error'])}")
     (folder / "report.md").write_text("\n".join(parts).rstrip() + "\n", encoding="utf-8")
     console.print(f"Report: {folder / 'report.md'}")
+
+
+def _check_seeds(runs: list[dict[str, Any]]) -> None:
+    """ValueError if the runs of a method differ in more than the seed: they would be averaged."""
+    for method, of_one in by_method(runs).items():
+        first, *others = ({**run["settings"], "seed": None} for run in of_one)
+        for other in others:
+            if changed := difference(first, other):
+                raise ValueError(
+                    f"{method} has runs with different settings ({changed}): report on them in folders of their own."
+                )
 
 
 def _name(run: dict[str, Any]) -> str:
@@ -100,11 +117,17 @@ def format_bytes(value: float) -> str:
 
 def where(runs: list[dict[str, Any]]) -> str:
     """On what the runs were made, in one line."""
-    place = runs[0]["provenance"]
-    versions = ", ".join(f"{name} {version}" for name, version in place["versions"].items())
+    places = [run["provenance"] for run in runs]
+
+    def each(found: Iterable[Any]) -> str:
+        return " and ".join(dict.fromkeys(map(str, found)))
+
+    versions = (", ".join(f"{name} {version}" for name, version in place["versions"].items()) for place in places)
     return (
-        f"On {place['device']} ({_processes(runs)}{place['cpu_threads']} CPU threads, {place['platform']}), "
-        f"{place['date'][:10]}, commit {place['commit'] or 'unknown'}; {versions}."
+        f"On {each(place['device'] for place in places)} ({_processes(runs)}"
+        f"{each(place['cpu_threads'] for place in places)} CPU threads, "
+        f"{each(place['platform'] for place in places)}), {each(sorted(place['date'][:10] for place in places))}, "
+        f"commit {each(place['commit'] or 'unknown' for place in places)}; {each(versions)}."
     )
 
 

@@ -43,7 +43,7 @@ def is_finished(folder: Path, settings: dict[str, Any]) -> bool:
     except ValueError as error:
         raise ValueError(f"{error}. So it is not known what {folder} was run with: delete it to begin anew.") from None
     if earlier is None:
-        return False
+        raise ValueError(f"{folder} has no {SETTINGS}: it is not known what it was run with. Delete it to begin anew.")
     changed = difference(earlier, settings)
     if changed:
         raise ValueError(

@@ -26,7 +26,6 @@ class Run:
     command: list[str]
     settings: dict[str, Any]
     folder: Path
-    finished: bool
 
 
 def find_experiments(recipe: Recipe, preset: str, methods: list[str] | None) -> dict[str, Path]:
@@ -48,7 +47,8 @@ def plan(recipe: Recipe, name: str, experiment: Path, words: list[str], folder: 
     words = [*words, "--output_dir", str(folder)]
     settings = load_settings(recipe, experiment, read_overrides(words), program)
     command = [*processes.python(recipe.package), "-m", f"{recipe.package}.{program}", str(experiment), *words]
-    return Run(name, command, settings, folder, rundir.is_finished(folder, settings))
+    rundir.is_finished(folder, settings)
+    return Run(name, command, settings, folder)
 
 
 def execute(runs: list[Run], parallel: int = 1) -> list[Run]:
@@ -61,7 +61,12 @@ def execute(runs: list[Run], parallel: int = 1) -> list[Run]:
         title = f"{number} of {len(runs)}: {run.name}"
         if parallel == 1:
             console.rule(title)
-        if run.finished:
+        try:
+            is_finished = rundir.is_finished(run.folder, run.settings)  # others may have been at work since the plan
+        except ValueError as error:
+            console.print(f"[bold red]{run.name} failed[/]: {escape(str(error))}")
+            return False
+        if is_finished:
             console.print(f"complete in {run.folder}" if parallel == 1 else f"{title} is complete in {run.folder}")
             return True
         if parallel > 1:

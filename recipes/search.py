@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from recipes import errors, files, processes, rundir, runner
 from recipes.compare import check_parallel, parser
+from recipes.report import validation_loss
 from recipes.runner import console
-from recipes.settings import Recipe
+from recipes.settings import Recipe, difference
 
 
 def search(
@@ -24,6 +26,7 @@ def search(
     options, overrides = arguments.parse_known_args(words)
     key, _, values = options.values.partition("=")
     runs: dict[str, dict[str, runner.Run]] = {}
+    path = options.output_dir / "search.json"
     try:
         check_parallel(options.parallel)
         if not values:
@@ -38,22 +41,44 @@ def search(
         return errors.refuse(error)
     runner.execute([run for of_method in runs.values() for run in of_method.values()], options.parallel)
 
-    found = {method: _choose(of_method) for method, of_method in runs.items()}
-    files.write_json(options.output_dir / "search.json", {"setting": key, "minimised": minimised, "methods": found})
+    about = {"setting": key, "minimised": minimised}
+    earlier = files.read_json(path) or {}  # of other methods and values
+    known = earlier["methods"] if earlier.items() >= about.items() else {}
+    found = {}
+    for method, of_method in runs.items():
+        settings = next(iter(of_method.values())).settings
+        of_earlier = {
+            value: loss
+            for value, loss in known.get(method, {}).get("losses", {}).items()
+            if _are_alike(options.output_dir / f"{method}-{key}-{value}", settings, key)
+        }
+        found[method] = _choose(of_earlier | _losses(of_method))
+    files.write_json(path, about | {"methods": known | found})
     _print(key, found)
     return int(all(of_method["best"] is None for of_method in found.values()))
 
 
-def _choose(runs: dict[str, runner.Run]) -> dict[str, Any]:
-    """The loss of each value (None where the run failed or diverged) and the best value."""
-    losses = {}
-    for value, run in runs.items():
-        loss = files.read_json(run.folder / rundir.RESULT).get("eval_loss")
-        losses[value] = loss if loss is not None and math.isfinite(loss) else None
+def _are_alike(folder: Path, settings: dict[str, Any], key: str) -> bool:
+    """Whether a folder's run differs in nothing but what is searched."""
+    own = files.read_json(folder / rundir.SETTINGS)
+    return own is not None and difference(own | {key: None}, settings | {key: None}) is None
+
+
+def _losses(runs: dict[str, runner.Run]) -> dict[str, float | None]:
+    """The loss of each value; None where the run failed or diverged."""
+    found = {value: validation_loss(files.read_json(run.folder / rundir.RESULT)) for value, run in runs.items()}
+    return {value: loss if loss is not None and math.isfinite(loss) else None for value, loss in found.items()}
+
+
+def _choose(losses: dict[str, float | None]) -> dict[str, Any]:
+    """The best value, and whether of numbers it is the lowest or the highest."""
     finite = {value: loss for value, loss in losses.items() if loss is not None}
     best = min(finite, key=finite.__getitem__, default=None)
-    ends = {min(losses, key=float), max(losses, key=float)}
-    return {"losses": losses, "best": best, "at_the_edge": len(losses) > 1 and best in ends}
+    try:
+        ends = {min(losses, key=float), max(losses, key=float)} if len(losses) > 1 else set()
+    except ValueError:  # words have no order
+        ends = set()
+    return {"losses": losses, "best": best, "at_the_edge": best in ends}
 
 
 def _print(key: str, found: dict[str, dict[str, Any]]) -> None:

@@ -538,12 +538,12 @@ def test_the_table_says_what_the_runs_say(folder, trainer, tmp_path):
     third = math.log(10 / 3)
     rows = {one.name: one for one in outcomes(content, content["regimes"][0])}
     muon, late = rows["muon"], rows["late"]
-    assert (muon.lr, muon.losses) == (1e-2, [1, 1])
+    assert (muon.lr, muon.losses) == (1e-2, {0: 1, 1: 1})
     assert muon.beside(-1) == pytest.approx(1 + third) and muon.beside(1) == pytest.approx(1 + math.log(3))
     assert muon.by_rate[rows["adamw"].lr] == pytest.approx(1 + math.log(10))
     assert muon.curve == [1.5, 1.25] and math.isinf(late.by_rate[1e-3])
     table = report.quality.table(content)
-    assert "| muon | 1.000 (1.000 to 1.000) | 2 | 0.01 | 2.204 | 2.099 | 3.303 | 2.00 |" in table
+    assert "| muon | 1.000 | 1.000 of 2 (1.000 to 1.000) | 0.01 | 2.204 | 2.099 | 3.303 | 2.00 |" in table
     files.write_json(diverged, files.read_json(diverged) | {"data": {"name": "x", "digest": "y"}})
     with pytest.raises(ValueError, match="different texts"):
         gather(folder.path)

@@ -39,7 +39,7 @@ def make_runs(tmp_path):
             folder = tmp_path / name
             folder.mkdir()
             command = [sys.executable, "-c", SCRIPT, str(folder), str(wanted)]
-            runs.append(Run(name, command, {"method": "lora"}, folder, finished=False))
+            runs.append(Run(name, command, {"method": "lora"}, folder))
         return runs
 
     return make

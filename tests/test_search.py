@@ -1,69 +1,69 @@
-"""`Trainer.hyperparameter_search`, which sets the arguments of a trial and a new accelerator inside `train`."""
+"""The recipes' search, with trainings that end at once: what it keeps of earlier commands, and what is best."""
 
 from __future__ import annotations
 
-import torch
-from transformers import TrainerCallback
+import json
+import re
 
-from conftest import build_llama
-from trials import search
+import pytest
 
-SETTINGS = {"optim_args": "rank=4, update_proj_gap=3", "max_grad_norm": 1e9, "max_steps": 3}
-
-
-class Look(TrainerCallback):
-    """Whether backward left gradients for `optimizer.step()`."""
-
-    def __init__(self):
-        self.are_left = None
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.are_left = any(p.grad is not None for p in model.parameters())
+from recipes import files, report, rundir, runner
+from recipes.commonsense import search
+from recipes.commonsense.settings import RECIPE
 
 
-def run_of(trainer) -> tuple:
-    """How a trial went, and what it leaves behind."""
-    weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-    entries = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    (look,) = (callback for callback in trainer.callback_handler.callbacks if isinstance(callback, Look))
-    left = {name for name in vars(trainer.accelerator) if name in ("clip_grad_norm_", "prepare_model")}
-    return weights, [(e["grad_norm"], e["learning_rate"]) for e in entries], look.are_left, left
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Runs "train" to a loss of their value: the words' length, or a number's distance from 2e-3."""
+
+    def execute(runs, parallel):
+        for run in runs:
+            value = re.split("_(?:rate|type)-", run.name)[1]
+            loss = len(value) if value.isalpha() else abs(float(value) - 2e-3)
+            files.write_json(run.folder / rundir.SETTINGS, run.settings)
+            held_out = {"losses": [loss, loss + 2], "fingerprint": "x"}
+            files.write_json(run.folder / rundir.RESULT, {"status": "ok", "eval_loss": 9.0, "held_out": held_out})
+        return []
+
+    monkeypatch.setattr(runner, "execute", execute)
+    return tmp_path
 
 
-def searched(make_trainer, trials, **arguments):
-    trainer = make_trainer(model_init=lambda: build_llama(), callbacks=[Look()], **(SETTINGS | arguments))
-    known, attributes = len(trainer.callback_handler.callbacks), set(vars(trainer))
-    runs = search(trainer, trials, run_of)
-    assert len(trainer.callback_handler.callbacks) == known
-    assert not [name for name in vars(trainer).keys() - attributes if "loop" in name]
-    return runs
+def found(folder, methods, values, *words):
+    assert search.main(["smoke", "--output_dir", str(folder), "--methods", methods, "--values", values, *words]) == 0
+    return json.loads((folder / "search.json").read_text())["methods"]
 
 
-def alone(make_trainer, **arguments):
-    trainer = make_trainer(model_init=lambda: build_llama(), callbacks=[Look()], **(SETTINGS | arguments))
-    trainer.train()
-    return run_of(trainer)
+def test_a_wider_search_judges_all_values_and_keeps_other_methods(folder):
+    first = found(folder, "lora,fira-full", "learning_rate=1e-4,3e-4")
+    assert (first["lora"]["best"], first["lora"]["at_the_edge"]) == ("3e-4", True)
+    wider = found(folder, "lora", "learning_rate=1e-3,3e-3,6e-3")
+    assert set(wider["lora"]["losses"]) == {"1e-4", "3e-4", "1e-3", "3e-3", "6e-3"}
+    assert wider["lora"]["best"] in ("1e-3", "3e-3") and not wider["lora"]["at_the_edge"]
+    assert wider["lora"]["losses"]["1e-3"] == pytest.approx(1e-3 + 1)  # the mean of the held-out examples
+    assert wider["fira-full"] == first["fira-full"]
 
 
-def assert_same_run(run, other):
-    assert torch.equal(run[0], other[0])
-    assert run[1:3] == other[1:3]
-    assert not run[3] and all(norm > 0 for norm, _ in run[1])
+def test_what_ran_with_other_settings_is_not_beside_it(folder):
+    found(folder, "lora", "learning_rate=1e-4,3e-4", "--max_steps", "9")
+    assert set(found(folder, "lora", "learning_rate=1e-3")["lora"]["losses"]) == {"1e-3"}
 
 
-def test_layerwise_trials_are_those_of_single_trainings(make_trainer):
-    rates = [{"learning_rate": 1e-2}, {"learning_rate": 1e-3}]
-    runs = searched(make_trainer, rates, optim="fira_layerwise")
-    for run, rate in zip(runs, rates, strict=True):
-        assert_same_run(run, alone(make_trainer, optim="fira_layerwise", **rate))
-    assert [run[2] for run in runs] == [False, False]
+def test_words_have_no_edge(folder):
+    of_words = found(folder, "lora", "lr_scheduler_type=linear,cosine,constant")["lora"]
+    assert (of_words["best"], of_words["at_the_edge"]) in (("linear", False), ("cosine", False))
 
 
-def test_the_optimizer_can_be_searched(make_trainer):
-    names = ["fira_layerwise", "adamw_torch", "fira", "fira_layerwise"]
-    runs = searched(make_trainer, [{"optim": name} for name in names], optim="adamw_torch")
-    assert [run[2] for run in runs] == [False, True, True, False]
-    for run, name in zip(runs, names, strict=True):
-        assert_same_run(
-            run, alone(make_trainer, optim=name, optim_args=None if "adamw" in name else SETTINGS["optim_args"])
-        )
+def test_runs_of_a_method_with_other_settings_are_not_averaged(tmp_path):
+    for seed, rate in (("0", 1e-3), ("1", 1e-5)):
+        settings = {"method": "lora", "learning_rate": rate, "seed": seed}
+        result = {"status": "ok", "method": "lora", "settings": settings}
+        files.write_json(tmp_path / f"lora-seed{seed}" / rundir.RESULT, result)
+    with pytest.raises(ValueError, match=r"lora has .* different settings \(learning_rate was 0.001, now 1e-05\)"):
+        report.write_report(RECIPE, tmp_path, "title", "caption", lambda runs, where: ([], [], {}))
+
+
+def test_a_checkpoint_of_unknown_settings_is_not_gone_on_from(tmp_path):
+    files.write_json(tmp_path / "checkpoint-3" / rundir.STATE, {})
+    with pytest.raises(ValueError, match="has no settings.json"):
+        rundir.is_finished(tmp_path, {"seed": 0})

@@ -15,6 +15,7 @@ from recipes.benchmarks.models import SIZES
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options that choose a model, a device and where the JSON goes."""
+    measure.commit()
     one = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     one.add_argument("--size", choices=list(SIZES), default="60m")
     one.add_argument("--layers", type=int, help="default: all of the model's")

@@ -231,9 +231,11 @@ def main(words: list[str] | None = None) -> int:
     regime, data, stop = Regime(options.size, options.batch, options.steps), load(options.data), options.stop
     stop = stop or options.steps
     command = ["python", "-m", "recipes.benchmarks.ranks", *(sys.argv[1:] if words is None else words)]
+    measure.commit()
     for name in options.rows.split(","):
         for seed in map(int, options.seeds.split(",")):
-            about = {"name": name, **DEFAULT_ROW, **ROWS[name], "regime": str(regime), "lr": options.lr, "seed": seed}
+            about = {"name": name, **DEFAULT_ROW, **ROWS[name], "text": data.digest, "regime": str(regime)}
+            about |= {"lr": options.lr, "seed": seed}
 
             def others(about: dict[str, Any] = about) -> list[dict[str, Any]]:
                 runs = (files.read_json(options.output) or {"runs": []})["runs"]

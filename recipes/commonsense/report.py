@@ -22,12 +22,6 @@ from recipes.plots import plot_losses
 from recipes.report import by_method, format_bytes, markdown, over_seeds
 from recipes.settings import BEFORE
 
-
-def validation_loss(run: dict[str, Any]) -> float | None:
-    """The mean over the held-out examples; of older results the Trainer's, which weights by tokens in a batch."""
-    return statistics.mean(run["held_out"]["losses"]) if run.get("held_out") else run["eval_loss"]
-
-
 # Before training there are no costs.
 COSTS: list[report.Column] = [
     ("trained parameters", lambda run: run.get("trainable_parameters"), "{:,.0f}".format, False),
@@ -35,7 +29,7 @@ COSTS: list[report.Column] = [
     ("peak memory", lambda run: run.get("peak_memory", {}).get("bytes"), format_bytes, False),
     ("tokens/s", lambda run: run.get("tokens_per_second"), "{:,.0f}".format, False),
     ("train loss", lambda run: run.get("train_loss"), "{:.3f}".format, True),
-    ("validation loss", validation_loss, "{:.3f}".format, True),
+    ("validation loss", report.validation_loss, "{:.3f}".format, True),
 ]
 PANELS = [
     ("loss", "training loss", "loss (nats a token)", "linear"),
@@ -77,7 +71,8 @@ _NOTES = (
     "zero is better. The intervals are by the bootstrap over questions, within each task, and over held-out examples; "
     "tasks have equal weights. Better and worse: the number of questions on which the method is; p: McNemar's exact "
     "test on them. With several seeds, each question counts with its mean over them, and an interval is about these "
-    "seeds. An interval without zero tells two methods apart; of twenty intervals one is expected to mislead."
+    "seeds. An interval without zero tells two methods apart; of twenty intervals one is expected to mislead. A "
+    "search of learning rates looks at the same held-out examples."
 )
 
 

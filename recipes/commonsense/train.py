@@ -77,7 +77,7 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
         callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    memory = measure.peak_memory()
+    memory = measure.peak_memory(training.device)
     lengths = list(map(len, encoded["input_ids"]))
     figures = {
         "peak_memory": memory,

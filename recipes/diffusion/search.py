@@ -4,7 +4,7 @@
         [--methods adamw-full,fira-full] [--parallel 2] [--key value ...]
 
 Trains each method once per value and names the value with the lowest validation loss. Results go to
-OUTPUT_DIR/search.json; the same command continues an interrupted search.
+OUTPUT_DIR/search.json, beside what earlier commands found there; the same command continues an interrupted search.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from recipes.diffusion.settings import RECIPE
 from recipes.search import search
 
-MINIMISED = "eval_loss: mean squared error of the predicted noise of the held-out images after the last step"
+MINIMISED = "mean squared error of the predicted noise of the held-out images after the last step"
 NOT_NEEDED: list[str] = []
 
 

@@ -22,6 +22,7 @@ from recipes.pretraining.settings import RECIPE
 from recipes.report import format_bytes, markdown
 
 PICTURE, PAGE = "forgetting.png", "forgetting.md"
+MOST = 1.36  # nats of the old text that a run in the picture may have lost
 
 
 def load(source: Path) -> list[dict[str, Any]]:
@@ -59,12 +60,17 @@ def table(runs: list[dict[str, Any]]) -> list[list[str]]:
     return rows
 
 
-def draw(runs: list[dict[str, Any]], path: Path, most: float = 5.1) -> None:
-    """A line a method over its rates; `most`: of the old text's loss, beyond which a run is not shown."""
+def is_shown(run: dict[str, Any]) -> bool:
+    """Whether a run is in the picture: those that forget far more would leave no room for the others."""
+    return bool(run["other_loss"] - run["other_loss_before"] <= MOST)
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """A line a method over its rates, of the runs that are shown."""
     figure = Figure(figsize=(8.5, 5), layout="constrained")
     axis = figure.subplots()
     for method, of_method in groupby(runs, key=lambda run: run["method"]):
-        shown = [run for run in of_method if run["other_loss"] <= most]
+        shown = [run for run in of_method if is_shown(run)]
         colour, marker = STYLES.get(method, ("#333333", "o"))
         xs, ys = [run["other_loss"] for run in shown], [run["eval_loss"] for run in shown]
         axis.plot(xs, ys, color=colour, marker=marker, label=method)
@@ -96,6 +102,9 @@ def write(source: Path) -> None:
         "",
         f"![Learned and forgotten]({PICTURE})",
     ]
+    hidden = ", ".join(f"{run['method']} at {_as_word(_rate(run))}" for run in runs if not is_shown(run))
+    if hidden:
+        lines += ["", f"Not in the picture, since they forget more than {MOST} nats: {hidden}."]
     draw(runs, folder / PICTURE)
     files.write_json(folder / report.MERGED, {"runs": runs})
     (folder / PAGE).write_text("\n".join(lines) + "\n", encoding="utf-8")

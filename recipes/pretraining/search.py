@@ -4,7 +4,7 @@
         [--methods adamw,fira] [--parallel 2] [--key value ...]
 
 Trains each method once per value and names the value with the lowest validation loss. Results go to
-OUTPUT_DIR/search.json; the same command continues an interrupted search.
+OUTPUT_DIR/search.json, beside what earlier commands found there; the same command continues an interrupted search.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from recipes.pretraining.settings import RECIPE
 from recipes.search import search
 
-MINIMISED = "eval_loss: mean loss of a token of the validation text after the last step"
+MINIMISED = "mean loss of a token of the validation text after the last step"
 NOT_NEEDED = ["--keep_model", "false"]
 
 

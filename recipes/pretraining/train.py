@@ -81,7 +81,7 @@ def run(arguments: RecipeArguments, training: TrainingArguments) -> dict[str, An
         callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-    memory = measure.peak_memory()
+    memory = measure.peak_memory(training.device)
     loss = launch.validate(trainer)
     found = launch.figures(trainer, trainer.state.num_input_tokens_seen)
     if before:

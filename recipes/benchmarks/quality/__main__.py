@@ -89,6 +89,7 @@ def main(words: list[str] | None = None) -> int:
             raise ValueError(f"--workers is {options.workers}; at least one has to work.")
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device is cuda, but torch sees no CUDA device here; leave it out.")
+        plan.wanted()  # what the folder holds of other settings is an error here, before there are workers
         command = ["python", "-m", "recipes.benchmarks.quality", *(sys.argv[1:] if words is None else words)]
         return int(share(plan, options.workers, command, console, options.device) > 0)
     except (ValueError, OSError, RuntimeError) as error:
@@ -108,6 +109,8 @@ def read_plan(options: argparse.Namespace) -> Plan:
         known = files.read_json(options.known)
         if not known or "regimes" not in known:
             raise ValueError(f"--known is {options.known}, which holds no gathered runs.")
+        if known["data"]["digest"] != folder.data.digest:
+            raise ValueError(f"--known is {options.known}, whose runs are of the text {known['data']['name']!r}.")
         scatter(known, options.output_dir)
     searched = Regime(size, int(batch), int(steps))
     plan = Plan(folder, chosen, regime, read_seeds(options.seeds), options.search, rates, searched)

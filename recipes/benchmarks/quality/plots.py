@@ -84,9 +84,9 @@ def by_state(content: dict[str, Any]) -> Figure:
     figure, places = panels(content, 5.4, columns=2, extra=2.0)
     for axis, regime in places:
         found = sorted(finite(content, regime), key=lambda one: one.bytes_a_weight)
-        points = [(max(one.bytes_a_weight, NOTHING), one.loss) for one in found]
+        points = [(max(one.bytes_a_weight, NOTHING), one.first) for one in found]
         for one, (x, y) in zip(found, points, strict=True):
-            spread = [[y - min(one.losses)], [max(one.losses) - y]]
+            spread = [[y - min(one.losses.values())], [max(one.losses.values()) - y]]
             look = {key: value for key, value in style(content, one).items() if key in ("color", "marker", "zorder")}
             axis.errorbar(x, y, spread, markersize=7 if one.ours else 5, capsize=2, linestyle="none", **look)
         front = [points[0]] if points else []
@@ -123,7 +123,8 @@ def label(axis: Axes, points: list[tuple[float, float, str, bool]]) -> None:
 
 
 def by_regime(content: dict[str, Any]) -> Figure:
-    """How far each method is ahead of AdamW and behind Muon; the bars are the range over its own seeds.
+    """How far each method is ahead of AdamW and behind Muon; the bars are the range over the seeds that both
+    have.
 
     Of methods that ran in several regimes, if any did.
     """
@@ -140,14 +141,18 @@ def by_regime(content: dict[str, Any]) -> Figure:
             here = [(index, one[name], one[base]) for index, one in enumerate(found) if name in one and base in one]
             if name == base or not here:
                 continue
-            own, reference = [one for _, one, _ in here], [statistics.mean(other.losses) for _, _, other in here]
-            apart = [one.loss - other for one, other in zip(own, reference, strict=True)]
+            gaps = [
+                [loss - other.losses[s] for s, loss in one.losses.items() if s in other.losses]
+                for _, one, other in here
+            ]
+            apart = [statistics.mean(gap) for gap in gaps]
             spread = [
-                [one.loss - min(one.losses) for one in own],
-                [max(one.losses) - one.loss for one in own],
+                [mean - min(gap) for mean, gap in zip(apart, gaps, strict=True)],
+                [max(gap) - mean for mean, gap in zip(apart, gaps, strict=True)],
             ]
             places = [index + aside for index, _, _ in here]
-            handles[own[0].label] = axis.errorbar(places, apart, spread, capsize=2, **style(content, own[0]))
+            one = here[0][1]
+            handles[one.label] = axis.errorbar(places, apart, spread, capsize=2, **style(content, one))
         axis.axhline(0, color="0.4", linewidth=1)
         axis.set_xticks(range(len(regimes)), [title(regime).replace(", ", "\n") for regime in regimes], fontsize=8)
         axis.set_xlim(-0.4, len(regimes) - 0.6)

@@ -93,10 +93,13 @@ def _origin_of(run: dict[str, Any], origins: list[dict[str, Any]]) -> int:
 
 @dataclass
 class Outcome:
-    """A method in a regime. Losses are means over the seeds, infinite where a run diverged.
+    """A method in a regime. Losses are infinite where a run diverged.
 
-    by_rate: loss by rate. lr: the best rate, by the first seed, which ran at all of them. losses: at the best rate,
-    one for each seed. curve: mean of the validation losses at the best rate over training.
+    by_rate: loss by rate, of the first seed, which ran at all of them. lr: the best rate by that. losses: at the best
+    rate, by seed. curve: mean of the validation losses at the best rate over training.
+
+    Seeds share weights at the start and batches, and differ in how hard they are: methods compare by one that both
+    have.
     """
 
     name: str
@@ -105,12 +108,18 @@ class Outcome:
     bytes_a_weight: float
     by_rate: dict[float, float]
     lr: float
-    losses: list[float]
+    losses: dict[int, float]
     curve: list[float]
 
     @property
     def loss(self) -> float:
-        return statistics.mean(self.losses)
+        """The mean over the seeds."""
+        return statistics.mean(self.losses.values())
+
+    @property
+    def first(self) -> float:
+        """Of the first seed."""
+        return self.by_rate[self.lr]
 
     def beside(self, steps: int) -> float | None:
         """The loss so many steps of the grid from the best rate: -1 a third of it, 1 three times. None: not tried."""
@@ -118,17 +127,15 @@ class Outcome:
 
 
 def outcomes(content: dict[str, Any], regime: dict[str, Any]) -> list[Outcome]:
-    """The best method first."""
+    """The best method first, by the first seed."""
     found = []
     for name, own in regime["methods"].items():
         first = min(run["seed"] for run in own["runs"])
-        by_rate, searched = defaultdict(list), {}
+        losses: dict[float, dict[int, float]] = defaultdict(dict)
         for run in own["runs"]:
-            loss = math.inf if run["loss"] is None else run["loss"]
-            by_rate[run["lr"]].append(loss)
-            if run["seed"] == first:
-                searched[run["lr"]] = loss
-        lr = best(searched)
+            losses[run["lr"]][run["seed"]] = math.inf if run["loss"] is None else run["loss"]
+        by_rate = {rate: of_rate[first] for rate, of_rate in losses.items() if first in of_rate}
+        lr = best(by_rate)
         curves = [run["history"] for run in own["runs"] if run["lr"] == lr and run["loss"] is not None]
         about = content["methods"][name]
         found.append(
@@ -137,13 +144,13 @@ def outcomes(content: dict[str, Any], regime: dict[str, Any]) -> list[Outcome]:
                 about["label"],
                 about["optimizer"] == "fira_hf",
                 own["bytes_a_weight"],
-                {rate: statistics.mean(losses) for rate, losses in by_rate.items()},
+                by_rate,
                 lr,
-                by_rate[lr],
+                losses[lr],
                 [statistics.mean(values) for values in zip(*curves, strict=True)],
             )
         )
-    return sorted(found, key=lambda outcome: outcome.loss)
+    return sorted(found, key=lambda outcome: outcome.first)
 
 
 def title(regime: dict[str, Any]) -> str:
@@ -154,16 +161,19 @@ def title(regime: dict[str, Any]) -> str:
 
 def table(content: dict[str, Any]) -> str:
     """One table a regime, its name above it."""
-    header = ["", "loss, nats a byte", "seeds", "best rate", "a third of it", "three times", "at AdamW's best rate"]
-    header.append("state, bytes a weight")
+    header = ["", "loss of seed 0", "mean of seeds", "best rate", "a third of it", "three times"]
+    header += ["at AdamW's best rate", "state, bytes a weight"]
     parts = []
     for regime in content["regimes"]:
         found = outcomes(content, regime)
         adamw = next((one.lr for one in found if one.name == ADAMW), None)
         rows = [header]
         for one in found:
-            spread = f" ({min(one.losses):.3f} to {max(one.losses):.3f})" if len(one.losses) > 1 else ""
-            cells = [_loss(one.loss) + spread, str(len(one.losses)), f"{one.lr:g}"]
+            several = list(one.losses.values()) if len(one.losses) > 1 else []
+            spread = (
+                f"{_loss(one.loss)} of {len(several)} ({min(several):.3f} to {max(several):.3f})" if several else ""
+            )
+            cells = [_loss(one.first), spread, f"{one.lr:g}"]
             cells += [_loss(one.beside(-1)), _loss(one.beside(1)), _loss(one.by_rate.get(adamw))]
             rows.append([one.label, *cells, f"{one.bytes_a_weight:.2f}"])
         parts += [f"**{title(regime)}** ({regime['tokens']:,} bytes in all)", "\n".join(report.markdown(rows))]

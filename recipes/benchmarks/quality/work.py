@@ -49,6 +49,7 @@ def work(plan: Plan, command: list[str], tell: Tell, device: str = "cpu") -> int
 
     What fails is not tried again by this command, and the others go on.
     """
+    measure.commit()
     failed: set[Run] = set()
     while True:
         wanted = [run for run in plan.wanted() if run not in failed]
@@ -92,7 +93,7 @@ def execute(plan: Plan, run: Run, path: Path, command: list[str], tell: Tell, de
         "sequence_length": LENGTH,
         "dense_lr": DENSE_LR,
     }
-    files.write_json(path, about | found | {"provenance": measure.provenance(run.seed, command)})
+    files.write_json(path, about | found | {"provenance": measure.provenance(run.seed, command, device)})
     tell(("done", run.name, found["loss"], found["seconds"]))
 
 
