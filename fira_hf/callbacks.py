@@ -119,7 +119,7 @@ class AnalysisCallback(TrainerCallback):
         header: dict[str, Any] = {"steps": self._steps, "matrices": []}
         for target in find_targets(kwargs["model"], FiraConfig()).projected:
             p = target.parameter
-            if p not in groups:
+            if p not in groups or (p.ndim != 2 and "rank" not in groups[p]):
                 continue
             check_matrix(p, groups[p])
             name = plain_name(target.name)

@@ -13,6 +13,9 @@ from .state import state_misfit
 
 logger = logging.getLogger(__name__)
 
+# How torch's AdamW makes its step, which changes nothing in what a checkpoint holds.
+IMPLEMENTATION = {"foreach", "fused", "capturable", "differentiable"}
+
 
 def check_checkpoint(state_dict: dict[str, Any], param_groups: list[dict[str, Any]]) -> None:
     """Compares names without what wrappers add to them, settings, and the shapes of all tensors.
@@ -31,7 +34,7 @@ def check_checkpoint(state_dict: dict[str, Any], param_groups: list[dict[str, An
         )
     saved_groups = state_dict["param_groups"]
     for group in saved_groups:
-        for name in OF_ADAMW.keys() & group.keys():
+        for name in (OF_ADAMW.keys() - IMPLEMENTATION) & group.keys():
             check_of_adamw(name, group[name], "The checkpoint")
     _check_projections(saved_groups, param_groups)
     if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in param_groups]:
@@ -52,6 +55,7 @@ RENAMED = (
     " Where the weights only have new names, remove 'param_names' from the groups of the state dict before it is "
     "loaded: then they are taken in their order."
 )
+OTHERS = " Train the same weights as the checkpoint did, or start a new run from the weights."
 
 
 def _check_projections(saved_groups: list[dict[str, Any]], param_groups: list[dict[str, Any]]) -> None:
@@ -86,13 +90,14 @@ def _check_projections(saved_groups: list[dict[str, Any]], param_groups: list[di
         )
     for old, new in zip(order, own_order, strict=False):
         if old != new:
-            raise ValueError(f"The checkpoint has {old} where this optimizer trains {new}.{RENAMED}")
+            way = RENAMED if len(order) == len(own_order) else OTHERS
+            raise ValueError(f"The checkpoint has {old} where this optimizer trains {new}.{way}")
 
 
 def _log_differences(saved_groups: list[dict[str, Any]], param_groups: list[dict[str, Any]]) -> None:
     seen = set()
     for old, new in zip(saved_groups, param_groups, strict=True):
-        for setting in ("initial_lr", "betas", "eps", "weight_decay"):
+        for setting in ("initial_lr", "betas", "eps", "weight_decay", *SHARED_DEFAULTS):
             if setting == "betas" and "max_momentum" in old:
                 continue  # OneCycleLR and CyclicLR set them anew at every step
             was, now = (group.get(setting) for group in (old, new))

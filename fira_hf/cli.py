@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import sys
 import warnings
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
-from .config import ALL_LINEAR, PRESETS, WORDS, FiraConfig, with_preset
+from .config import ALL_LINEAR, FULL_RANK, PRESETS, WORDS, FiraConfig, with_preset
 from .factory import summarize
 from .memory import METHODS, TRAIN_INT8, MemoryEstimate, predict_memory
 from .meta_models import INT8, build_on_meta
@@ -28,6 +29,7 @@ from .targets import find_targets
 
 GIB = 2**30
 COLUMNS = ("weights", "gradients", "optimizer_state", "activations", "total")
+DTYPES = ("bfloat16", "float16", "float32", INT8)
 # Settings of Fira that decide how large its state is, beside the rank.
 OF_STATE = ("state_dtype", "base_optimizer", "projection", "residual")
 
@@ -48,6 +50,12 @@ def build_parser() -> argparse.ArgumentParser:
             metavar="NAME",
             help=f"names of layers, exact or a dotted suffix, or one of {', '.join(WORDS)} (default: {ALL_LINEAR})",
         )
+        one.add_argument(
+            "--dtype",
+            choices=DTYPES,
+            default=DTYPES[0],
+            help="of the weights; int8: of linear layers, by torchao, the rest bfloat16 (default: %(default)s)",
+        )
         for name in OF_STATE:
             one.add_argument(f"--{name}", help=f"of Fira (default: {getattr(FiraConfig, name)})")
     memory.add_argument(
@@ -55,13 +63,6 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"one or more, with commas between (default: {','.join(METHODS)}; for int8 {','.join(TRAIN_INT8)})",
     )
     memory.add_argument("--lora_rank", type=int, help="of LoRA's A and B (default: --rank)")
-    dtypes = ("bfloat16", "float16", "float32", INT8)
-    memory.add_argument(
-        "--dtype",
-        choices=dtypes,
-        default=dtypes[0],
-        help="of the weights; int8: of linear layers, by torchao, the rest bfloat16 (default: %(default)s)",
-    )
     memory.add_argument("--batch_size", type=int, help="sequences on the device at once; for activations")
     memory.add_argument("--sequence_length", type=int, help="tokens in a sequence; for activations")
     memory.add_argument("--gradient_checkpointing", action="store_true", help="keep one activation a layer")
@@ -97,14 +98,18 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
-    methods = options.method or ",".join(TRAIN_INT8 if options.dtype == INT8 else METHODS)
+    settings = settings_of(options)
+    default = TRAIN_INT8 if options.dtype == INT8 else tuple(METHODS)
+    if settings["rank"] >= FULL_RANK and options.lora_rank is None:  # of a preset; no rank for A and B
+        default = tuple(name for name in default if METHODS[name].lora is None)
+    methods = options.method or ",".join(default)
     found = predict_memory(
         model_config,
         methods.split(","),
         target_modules=options.target_modules,
         lora_rank=options.lora_rank,
         dtype=options.dtype,
-        **settings_of(options),
+        **settings,
         batch_size=options.batch_size,
         sequence_length=options.sequence_length,
         gradient_checkpointing=options.gradient_checkpointing,
@@ -116,7 +121,7 @@ def memory(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
 
 def inspect(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
     config = FiraConfig(target_modules=options.target_modules, **settings_of(options))
-    model = build_on_meta(model_config, "float32")
+    model = build_on_meta(model_config, options.dtype)
     lines = [summarize(model, find_targets(model, config))]
     if options.checkpoint is not None:
         lines.append(describe_checkpoint(options.checkpoint))
@@ -128,7 +133,12 @@ def describe_checkpoint(folder: Path) -> str:
     path = folder / "optimizer.pt"
     if not path.is_file():
         raise ValueError(f"--checkpoint {folder}: there is no optimizer.pt; give a checkpoint-N of the Trainer.")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"--checkpoint {folder}: optimizer.pt is damaged, or holds objects of Python, as GaLore's does."
+        ) from error
     rank_of = {i: group["rank"] for group in saved["param_groups"] if "rank" in group for i in group["params"]}
     states = saved["state"].values()
     held = sum(tensor.nbytes for state in states for tensor in state.values() if isinstance(tensor, Tensor))

@@ -148,7 +148,7 @@ class Shards:
         norm = total_norms(torch.linalg.vector_norm(G, dtype=torch.float32).view(1, 1, 1), self.add)
         is_random = method == "random"
         Y = draw(previous.shape, G.device, seed) if is_random else self._iterate(G, previous.float(), short)
-        Q, good = cholesky_qr(Y[None])
+        Q, good = cholesky_qr(Y[None], None if is_random else previous.float()[None])
         return Q[0], good[0] & are_usable(norm)[0]
 
     def _iterate(self, G: Tensor, Q: Tensor, short: int) -> Tensor:

@@ -77,9 +77,10 @@ def fira_adamw(params: Iterable[Any], lr: float = FiraConfig.lr, **settings: Any
     entries = list(params)
     groups = entries if entries and isinstance(entries[0], dict) else [{"params": entries}]
     groups = [{**group, "params": _listed(group["params"])} for group in groups]
-    weights = nn.ParameterList(
-        entry[1] if isinstance(entry, tuple) else entry for group in groups for entry in group["params"]
-    )
+    given = [entry[1] if isinstance(entry, tuple) else entry for group in groups for entry in group["params"]]
+    if not all(isinstance(p, nn.Parameter) for p in given):
+        raise ValueError("fira_adamw takes parameters, and was given other tensors: make them nn.Parameter(tensor).")
+    weights = nn.ParameterList(given)
     trained = [(name, p) for name, p in weights.named_parameters() if p.requires_grad]
     matrices = [name for name, p in trained if p.ndim == 2 and min(p.shape) > 1]
     if not matrices:
@@ -111,7 +112,7 @@ def build_optimizer(model: nn.Module, config: FiraConfig, params: Iterable[Any])
         split = defaultdict(list)
         if "lr" in group and config.dense_lr is not None:
             raise ValueError(f"dense_lr={config.dense_lr} and the lr={group['lr']} of a group exclude each other.")
-        for entry in group["params"]:
+        for entry in _listed(group["params"]):
             name, p = entry if isinstance(entry, tuple) else (f"parameter {len(names)}", entry)
             if p not in names:
                 names[p] = name
@@ -125,6 +126,9 @@ def build_optimizer(model: nn.Module, config: FiraConfig, params: Iterable[Any])
             else:
                 own = {**dict(zip(OF_TARGET, key, strict=True)), **of_projected}
                 projected.append({**group, "params": params, **shared, **own})
+    given = {p for group in projected + dense for _, p in group["params"]}
+    plan.projected = [target for target in plan.projected if target.parameter in given]
+    plan.skipped = [other for other in plan.skipped if other.parameter in given]
     optimizer = FiraAdamW(projected + dense, config.lr, config.betas, config.eps, config.weight_decay)
     optimizer.config = config
     optimizer.summary = summarize(model, plan)

@@ -56,11 +56,14 @@ def fp32_products() -> Iterator[None]:
     of_devices = (backends.cuda.matmul, backends.mkldnn.matmul)
     reduced = [one for one in of_devices if one.fp32_precision not in ("ieee", "none")]
     before = [one.fp32_precision for one in reduced]
+    default = torch.get_default_dtype()
     for one in reduced:
         one.fp32_precision = "ieee"
+    torch.set_default_dtype(torch.float32)
     try:
         yield
     finally:
+        torch.set_default_dtype(default)
         for one, precision in zip(reduced, before, strict=True):
             # "none" follows torch.backends.fp32_precision, as it did if the two are alike.
             one.fp32_precision = "none" if precision == backends.fp32_precision else precision
@@ -320,7 +323,7 @@ def limit(norm: Tensor, previous: Tensor, gamma: float | None, limiter: str = "g
         c = torch.full_like(norm, gamma)
     elif limiter == "shrink":
         c = gamma + (1 - gamma) * previous / norm
-        c = torch.where(torch.isfinite(norm) & torch.isfinite(previous), c, 1.0)
+        c = torch.where(torch.isfinite(norm) & torch.isfinite(previous) & (norm > 0), c, 1.0)
     else:
         c = torch.where(torch.isfinite(norm), gamma * (previous + EPS) / norm, 1.0).clamp_(max=1.0)
     return c, c * norm

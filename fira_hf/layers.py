@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,7 +98,7 @@ def weights(model: nn.Module) -> list[Layer]:
     modules = dict(model.named_modules())
     found_heads = set(_heads(modules))
     heads = [name for name, module in modules.items() if module in found_heads]
-    adapted = [name for name, module in modules.items() if _is_wrapper(module)]
+    adapted = {name for name, module in modules.items() if _is_wrapper(module)}
     tuners = {name: module for name, module in modules.items() if isinstance(module, tuner_layer)}
     found = []
     for name, module in modules.items():
@@ -170,11 +170,12 @@ def _tuner_of(name: str, tuners: dict[str, Any]) -> Any:
     return None
 
 
-def _aliases(name: str, adapted: list[str]) -> Iterator[str]:
+def _aliases(name: str, adapted: Set[str]) -> Iterator[str]:
     yield name
     yield plain_name(name)
-    for owner in adapted:
-        if name.startswith(f"{owner}."):
-            inner = name[len(owner) + 1 :].split(".")[0]  # lora_A, lora_B, base_layer, modules_to_save
-            yield plain_name(f"{owner}.{inner}")
+    parts = name.split(".")
+    for end in range(1, len(parts)):
+        owner = ".".join(parts[:end])
+        if owner in adapted:
+            yield plain_name(f"{owner}.{parts[end]}")  # lora_A, lora_B, base_layer, modules_to_save
             yield plain_name(owner)

@@ -223,7 +223,9 @@ def update_moments(
 @functools.cache
 def _order(blocks: int, seed: int) -> list[int]:
     """The order in which blocks of columns take turns."""
-    order: list[int] = torch.randperm(blocks, generator=torch.Generator().manual_seed(seed)).tolist()
+    order: list[int] = torch.randperm(
+        blocks, generator=torch.Generator("cpu").manual_seed(seed), device="cpu"
+    ).tolist()
     return order
 
 

@@ -62,8 +62,8 @@ def estimate_memory(
 
     Raises:
         ValueError: only one of batch size and sequence length is given, the config does not fit the model, there is
-            no such optimizer, it cannot project convolutions, or activations cannot be predicted since they depend on
-            the data.
+            no such optimizer, it cannot project convolutions, or activations cannot be predicted: they depend on
+            the data, or the model takes no tokens.
     """
     _check_batch(batch_size, sequence_length)
     optimizer = optimizer or ("adamw" if config is None else "fira")
@@ -71,9 +71,10 @@ def estimate_memory(
     trainable = [p for p in model.parameters() if p.requires_grad]
     # Backward holds a gradient of a tied weight until it has the other.
     uses = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
+    largest = max((uses[p] * _bytes([p]) for p in trainable), default=0)
     estimate = MemoryEstimate(
         weights=int8.nbytes(model.parameters()) + sum(_bytes(_scales(p)) for p in model.parameters()),
-        gradients=max(uses[p] * _bytes([p]) for p in trainable) if layerwise else _bytes(trainable),
+        gradients=largest if layerwise and not accumulates else _bytes(trainable),
         optimizer_state=_state_bytes(model, config, optimizer),
     )
     if batch_size is not None and sequence_length is not None:
@@ -326,13 +327,13 @@ def _peak_of_step(
             stand_ins = {tensor: _like(tensor) for _, _, tensor in slots}
             for table, name, tensor in slots:
                 table[name] = stand_ins[tensor]
-            for p in (p for p in stand_ins.values() if layerwise and p.requires_grad):
-                p.register_post_accumulate_grad_hook(_free_gradient)
             tokens = torch.zeros(batch_size, sequence_length, dtype=torch.long)
             with _LiveBytes([*stand_ins.values(), tokens]) as live:
-                for _ in range(2 if accumulates else 1):
+                for is_last in (False, True) if accumulates else (True,):
+                    for p in (p for p in stand_ins.values() if layerwise and is_last and p.requires_grad):
+                        p.register_post_accumulate_grad_hook(_free_gradient)
                     model(input_ids=tokens, labels=tokens).loss.backward()
-    except RuntimeError as error:  # of what depends on the data, or has no kernel for the dtype
+    except (RuntimeError, TypeError) as error:  # what depends on the data, lacks a kernel, or takes no tokens
         raise ValueError(
             f"The activations of {type(model).__name__} cannot be predicted ({str(error).splitlines()[0]}): leave out "
             "batch size and sequence length."

@@ -176,6 +176,8 @@ class FiraAdamW(torch.optim.Optimizer):
                 or the weight is sharded in a way that cannot be projected.
             ValueError: the group cannot train the weight, whose dtype or shape has changed.
         """
+        if isinstance(group["lr"], Tensor):  # assigned since: its number is kept, as in the constructor
+            group["lr"] = group["lr"].item()
         for p in parameters:
             if p.grad is not None and p.grad.is_sparse:
                 raise RuntimeError("FiraAdamW does not take sparse gradients: use sparse=False in the embedding.")
@@ -190,7 +192,8 @@ class FiraAdamW(torch.optim.Optimizer):
                     f"{name_of(p, group)} of shape {tuple(p.shape)} {problem}. Nothing was changed in this step. "
                     "Change weights before the optimizer is made, or make a new one, and clear the gradients."
                 )
-            if "rank" in group and group["projection"] == "svd" and shards_of(p, *of_layout(group)):
+            # Asked in any case: it raises where the weight is sharded in a way that cannot be projected.
+            if "rank" in group and shards_of(p, *of_layout(group)) and group["projection"] == "svd":
                 raise RuntimeError(
                     'projection="svd" needs whole gradients, and FSDP shards them: set projection="power".'
                 )
@@ -206,14 +209,17 @@ class FiraAdamW(torch.optim.Optimizer):
         """One step of parameters of a group that `check_step` has passed; `first` where one has no state yet."""
         if not parameters:
             return
+        existing = [p for p in parameters if self.state.get(p)]
         if first is not None:
             self._create_states(group, first, everywhere=is_rehearsal)
         if is_rehearsal:
             return
-        for p in parameters:
-            state: Any = self.state.get(p)
-            # That of a sharded weight is there before it has begun.
-            if state and ("rank" not in group or state.begun):
+        for p in existing:
+            state: Any = self.state[p]
+            # That of a sharded weight is there before it has begun. Of a sharded stack each process has matrices of
+            # its own, which begin when they like, and a checkpoint has one count for all.
+            is_shared = isinstance(p, DTensor) and p.ndim == 3 and not group.get("convolution")
+            if "rank" not in group or is_shared or state.begun:
                 state["calls"] += 1
         # Under autocast the products would be taken in half precision.
         with torch.autocast(parameters[0].device.type, enabled=False):
@@ -232,8 +238,12 @@ class FiraAdamW(torch.optim.Optimizer):
         has an optimizer create its state before it loads one."""
         if self.state or any(group["lr"] for group in self.param_groups):
             return False
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return not any(local(grad).any() for grad in grads)
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        are_zero = not any(local(p.grad).any() for p in parameters)
+        # A process may hold nothing but zeros of gradients that are not zero.
+        if not any(isinstance(p, DTensor) for p in parameters):
+            return are_zero
+        return bool(agree(torch.tensor(are_zero, device=local(parameters[0].grad).device), parameters))
 
     def _create_states(self, group: dict[str, Any], first: dict[Any, dict[str, Any]], everywhere: bool) -> None:
         """Creates the states of a group's weights, whatever their gradients: of those that are sharded, or everywhere.
@@ -289,7 +299,7 @@ class FiraAdamW(torch.optim.Optimizer):
         is_corrected = group["correct_bias"] and base in ("adamw", "adafactor")
         lr = group["lr"]
         if group["adjust_lr"] == "match_rms_adamw":
-            lr *= F.rms_scale(base, long, short, R.shape[2])
+            lr = lr * F.rms_scale(base, long, short, R.shape[2])
         eta = F.step_size(lr, group["betas"], counts if is_corrected else torch.inf * counts)
         if active is not None:
             mask = active.view(-1, 1, 1)

@@ -98,7 +98,8 @@ def _due(
         seed = seed_of(matrix.state, matrix.place, done)
         if not matrix.begun:
             # All need their first basis at once: where refreshes are staggered, it has to be a cheap one.
-            due[matrix] = ("sketch" if group["refresh"] == "staggered" else group["projection"], wait, seed)
+            is_cheap = group["refresh"] == "together" or group["projection"] == "random"
+            due[matrix] = (group["projection"] if is_cheap else "sketch", wait, seed)
         elif wait == gap:
             due[matrix] = (group["projection"], wait, seed)
         else:

@@ -171,7 +171,9 @@ def loaded_state(p: Any, saved: dict[str, Any], group: Mapping[str, Any]) -> dic
             if name not in kept:
                 continue  # the basis of a whole moment at full rank, which earlier versions kept
             is_basis = name == "basis" and value.is_floating_point()  # and no codes, which are decoded
-            value = F.column_major(value.to(device)) if is_basis else value.to(device, copy=True).contiguous()
+            value = F.column_major(value.to(device)) if is_basis else value.to(device, copy=True)
+            if "residual_norm" in saved and not is_basis:  # else as its weight lies
+                value = value.contiguous()
         state[name] = value
     if "residual_norm" in state:
         state.refresh_in = _refresh_in(p, saved, p.ndim == 3 and not group["convolution"])

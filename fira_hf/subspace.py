@@ -15,6 +15,8 @@ from .views import tall
 EXACT = 64
 # Largest accepted entry of Q^T Q - I. Two passes of CholeskyQR in fp32, or one decomposition, come out below 1e-5.
 TOLERANCE = 2e-5
+# Of the trace of a Gram matrix that is added to its diagonal, and of an old basis that is added to a new one.
+SHIFT = 1e-6
 
 Bases = list[Tensor | None]
 
@@ -133,7 +135,7 @@ def refine(
         P, norms = ops.project(grads, previous)
         P.div_(P.abs().amax(dim=(1, 2), keepdim=True).clamp_(min=TINY))
         Y = ops.transposed_products(grads, P)
-    Q, good = cholesky_qr(Y)
+    Q, good = cholesky_qr(Y, None if method == "random" else torch.stack([Q.float() for Q in previous]))
     return Q, good & are_usable(norms)
 
 
@@ -142,15 +144,25 @@ def draw(shape: torch.Size | tuple[int, int], device: torch.device, seed: int) -
     return torch.randn(shape, device=device, generator=_generator(device, seed))
 
 
-def cholesky_qr(Y: Tensor) -> tuple[Tensor, Tensor]:
-    """CholeskyQR twice: Q, (B, short, r), and whether it is orthonormal, (B,) bool."""
+def cholesky_qr(Y: Tensor, previous: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """CholeskyQR twice: Q, (B, short, r), and whether it is orthonormal, (B,) bool.
+
+    With orthonormal `previous`, what Y lacks in rank is theirs, and two passes with a shifted Gram matrix come before
+    (Fukaya et al., SIAM J. Sci. Comput. 42, 2020): where the host does not look, nothing else takes what fails.
+    """
     Y = _scaled(Y)
     Q = Y / torch.linalg.vector_norm(Y, dim=-2, keepdim=True).clamp_(min=TINY)
+    shifts: tuple[float, ...] = (0.0, 0.0)
+    if previous is not None:
+        Q, shifts = Q.add_(previous, alpha=SHIFT), (SHIFT, SHIFT, 0.0, 0.0)
     eye = torch.eye(Y.shape[-1], device=Y.device).expand(len(Y), -1, -1)
-    for _ in range(2):
+    for shift in shifts:
         # cholesky_ex does not raise: what it could not factorise shows in the test below. A product with the inverse
         # of the small factor takes half as long as solving for all of Q.
-        L = torch.linalg.cholesky_ex(Q.mT @ Q).L
+        gram = Q.mT @ Q
+        if shift:
+            gram += shift * gram.diagonal(dim1=-2, dim2=-1).sum(-1).view(-1, 1, 1) * eye
+        L = torch.linalg.cholesky_ex(gram).L
         Q = Q @ torch.linalg.solve_triangular(L, eye, upper=False).mT
     return Q, _orthogonality_error(Q) <= TOLERANCE  # False for NaN, too
 

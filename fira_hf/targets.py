@@ -153,6 +153,8 @@ def unmatched(setting: str, entry: str | list[str], why: str, layers: list[Layer
         hint = "there is none that is trained"
     if is_regex and entry in short:
         hint = f"a string is a regular expression for the whole name: write [{entry!r}]"
+        if setting == "optim_target_modules":
+            hint += f", or on a command line '.*{entry}.*'"
     return ValueError(f"{setting}: {entry!r} {why}; {hint}.")
 
 
@@ -214,8 +216,9 @@ def _check_entries(config: FiraConfig, everything: list[Layer], candidates: list
     for index in [indices] if isinstance(indices, int) else indices or []:
         if not known:
             containers = sorted({match[1] for name in names if (match := re.search(r"([^.]+)\.\d+(?:\.|$)", name))})
+            pattern = "" if config.layers_pattern is None else f" by layers_pattern={config.layers_pattern!r}"
             raise ValueError(
-                f"layers_pattern={config.layers_pattern!r} matches no list of layers; the model has {containers}."
+                f"layers_to_transform={indices!r} finds no list of layers{pattern}; the model has {containers}."
             )
         if index not in known:
             raise ValueError(

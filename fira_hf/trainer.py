@@ -107,6 +107,10 @@ def register() -> None:
             "process_group": dist.group.WORLD if replicas else None,
         }
 
+    def save_int8_as_parts(trainer: Trainer) -> None:
+        if trainer.args.optim in NAMES or isinstance(unwrapped(trainer.optimizer), FiraAdamW):
+            int8.save_as_parts(trainer.model)  # type: ignore[arg-type]
+
     @functools.wraps(original_train)
     def train(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
         # Not before the loop has a trial of hyperparameter_search its arguments, `optim` among them, and accelerator.
@@ -114,14 +118,12 @@ def register() -> None:
 
         @functools.wraps(load)
         def load_parts(*args: Any, **kwargs: Any) -> Any:
-            if trainer.args.optim in NAMES:
-                int8.save_as_parts(trainer.model)  # type: ignore[arg-type]
+            save_int8_as_parts(trainer)
             return load(*args, **kwargs)
 
         @functools.wraps(loop)
         def layerwise_or_not(*args: Any, **kwargs: Any) -> Any:
-            if trainer.args.optim in NAMES:
-                int8.save_as_parts(trainer.model)  # type: ignore[arg-type]
+            save_int8_as_parts(trainer)
             with Layerwise(trainer) if trainer.args.optim == LAYERWISE else contextlib.nullcontext():
                 return loop(*args, **kwargs)
 
@@ -250,6 +252,12 @@ class Layerwise(TrainerCallback):
                 args.max_grad_norm,
                 LAYERWISE,
             )
+        if args.torch_compile and self._trainer.is_world_process_zero():
+            logger.warning(
+                "optim=%r saves no gradients with torch_compile=True: a compiled backward makes those of all weights "
+                "before any is stepped. Leave one of the two out.",
+                LAYERWISE,
+            )
         replacements: dict[str, Any] = {"clip_grad_norm_": self._grad_norm}
         if self._group is not None:
             # Not wrapped in DDP, whose buckets would hold all gradients; the hooks average them one by one.
@@ -345,14 +353,13 @@ def config_from_args(args: TrainingArguments, model: nn.Module) -> FiraConfig:
     targets = args.optim_target_modules
     if targets is None:
         return config
-    if isinstance(targets, str) and word_or_regex(targets) in WORDS:
-        return replace(config, target_modules=targets)
-    if file.layers_to_transform is not None:
+    is_word = isinstance(targets, str) and word_or_regex(targets) in WORDS
+    if not is_word and file.layers_to_transform is not None:
         raise ValueError(
             f"{path!r} sets layers_to_transform={file.layers_to_transform!r}, which counts layers of its own "
             "target_modules: take it out of the file, or leave optim_target_modules unset."
         )
-    chosen = replace(config, target_modules=_trainer_targets(model, targets))
+    chosen = replace(config, target_modules=targets if is_word else _trainer_targets(model, targets))
     if file.target_modules != ALL_LINEAR:
         names, said = ({target.name for target in find_targets(model, c).projected} for c in (chosen, config))
         if names != said:
@@ -432,6 +439,13 @@ def _trainer_targets(model: nn.Module, targets: Any) -> str:
         )
     layers = target_layers(model)
     for entry in names:
+        try:
+            re.compile(entry)
+        except re.error as error:
+            raise ValueError(
+                f"optim_target_modules: {entry!r} is no regular expression ({error}): write a part of the name as it "
+                "is, or a valid expression for all of it."
+            ) from None
         probe = entry if isinstance(targets, str) else [entry]
         found = [layer for layer in layers if check_target_module_exists(probe, layer.name)]
         if not any(layer.weight.requires_grad for layer in found):

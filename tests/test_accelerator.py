@@ -162,3 +162,25 @@ def test_bad_gradients_change_nothing_and_do_not_move_the_cadence(shape, base, b
         tolerance = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 1e-4 * value.abs().max().item()}
         assert torch.allclose(ours[name], value, **tolerance), name
     assert a.pop_statistics() == pytest.approx(b.pop_statistics(), rel=1e-3)  # skipped calls are not counted
+
+
+@pytest.mark.parametrize("tokens", [64, 3, 1])
+@pytest.mark.parametrize("settings", [{}, {"state_dtype": "int8"}, {"residual": "moment", "base_optimizer": "muon"}])
+def test_bases_follow_gradients_of_lower_rank(settings, tokens):
+    """A batch of few tokens, an expert that gets few: the gradient has fewer directions than the basis."""
+    shape, captured, bases = (96, 80), [], []
+    for place_of in (torch.nn.Parameter, Pretended):
+        p = place_of(weight(shape).detach().clone())
+        optimizer = FiraAdamW([{"params": [p], "rank": 16, "update_proj_gap": 5, **settings}], lr=1e-3)
+        optimizer.track_statistics = True
+        generator = torch.Generator().manual_seed(1)
+        seen = set()
+        for _ in range(16):
+            sides = [torch.randn(n, generator=generator) for n in [(shape[0], tokens), (tokens, shape[1])]]
+            p.grad = sides[0] @ sides[1]
+            optimizer.step()
+            seen.add(optimizer.state[p]["basis"].float().sum().item())
+        captured.append(optimizer.pop_statistics()["captured_energy"])
+        bases.append(len(seen))
+    assert bases[1] == bases[0] == 4  # the first one and three refreshes
+    assert captured[1] == pytest.approx(captured[0], abs=0.03)

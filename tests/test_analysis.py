@@ -381,10 +381,11 @@ def test_it_is_refused_before_the_first_step(make_trainer, tmp_path, settings, m
         AnalysisCallback(0)
 
 
-def test_scaled_gradients_other_bases_and_stacked_weights_are_refused():
-    def begin(model, base_optimizer="adamw", **settings):
+def test_scaled_gradients_other_bases_and_stacked_weights_are_refused(tmp_path):
+    def begin(model, base_optimizer="adamw", target_modules="all-linear", **settings):
         args = SimpleNamespace(**({"optim": "fira", "fp16": False, "output_dir": ""} | settings))
-        optimizer = get_fira_optimizer(model, FiraConfig(rank=4, base_optimizer=base_optimizer))
+        config = FiraConfig(rank=4, base_optimizer=base_optimizer, target_modules=target_modules)
+        optimizer = get_fira_optimizer(model, config)
         state = SimpleNamespace(max_steps=100, global_step=0, is_world_process_zero=True)
         AnalysisCallback().on_train_begin(args, state, None, model=model, optimizer=optimizer)
 
@@ -394,6 +395,7 @@ def test_scaled_gradients_other_bases_and_stacked_weights_are_refused():
         begin(build_llama(), base_optimizer="lion")
     with pytest.raises(ValueError, match=r"shape \(4, 80, 32\).*stacked"):
         begin(build_mixtral())
+    begin(build_mixtral(), target_modules=["q_proj"], output_dir=str(tmp_path))
 
 
 DDP = """

@@ -319,10 +319,12 @@ def test_a_setting_that_only_adamw_has():
         FiraAdamW([p]).load_state_dict(adamw.state_dict())
 
 
-def test_the_state_of_adamw_goes_on_in_groups_without_rank():
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_state_of_adamw_goes_on_in_groups_without_rank(fused):
     """Nothing is projected, so it is the same method; what AdamW has not saved is filled in."""
     one, other = weight((12, 4)), weight((12, 4))
-    adamw, ours = torch.optim.AdamW([one], lr=1e-2, eps=1e-6, weight_decay=0.0), FiraAdamW([other], lr=1e-2)
+    adamw = torch.optim.AdamW([one], lr=1e-2, eps=1e-6, weight_decay=0.0, fused=fused)
+    ours = FiraAdamW([other], lr=1e-2)
     for step in range(6):
         one.grad = other.grad = torch.full((12, 4), 0.1 * (step + 1))
         adamw.step()
@@ -332,3 +334,14 @@ def test_the_state_of_adamw_goes_on_in_groups_without_rank():
         elif step > 2:
             ours.step()
     assert torch.allclose(one, other, rtol=1e-6)
+
+
+def test_dense_moments_keep_the_layout_of_their_weight():
+    """torch's fused step wants all alike, and another kernel rounds otherwise."""
+    p = torch.nn.Parameter(weight((17, 5, 3, 3)).detach().to(memory_format=torch.channels_last))
+    optimizer = FiraAdamW([p], lr=1e-2)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    other = FiraAdamW([p], lr=1e-2)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert other.state[p]["exp_avg"].stride() == optimizer.state[p]["exp_avg"].stride() == p.stride()

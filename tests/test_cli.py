@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shlex
 from pathlib import Path
@@ -111,6 +112,25 @@ def test_inspect_tells_what_is_projected_and_what_a_checkpoint_holds(folder, mak
     assert last == f"{checkpoint / 'optimizer.pt'}: {held:,} bytes of state, rank 4, after 4 steps."
     assert main(["inspect", "--model", folder, "--checkpoint", folder]) == 2
     assert "optimizer.pt" in capsys.readouterr().err
+    for content in (b"", pickle.dumps(object())):
+        (checkpoint / "optimizer.pt").write_bytes(content)
+        assert main(["inspect", "--model", folder, "--checkpoint", str(checkpoint)]) == 2
+        assert "optimizer.pt is damaged" in capsys.readouterr().err
+
+
+def test_inspect_counts_adamws_state_in_the_dtype_of_the_weights(folder, capsys):
+    last = []
+    for words in ([], ["--dtype", "float32"]):
+        assert main(["inspect", "--model", folder, "--rank", "4", *words]) == 0
+        last.append(capsys.readouterr().out.splitlines()[-1])
+    of_adamw = [int(re.search(r"would be ([\d,]+)", line)[1].replace(",", "")) for line in last]
+    assert of_adamw[1] == pytest.approx(2 * of_adamw[0], rel=0.01)
+
+
+def test_a_preset_of_full_rank_leaves_out_what_has_no_rank_then(folder, capsys):
+    assert list(read_json(capsys, "--model", folder, "--preset", "muon-4bit")) == [
+        name for name, method in METHODS.items() if method.lora is None
+    ]
 
 
 def test_it_starts_as_a_module(tmp_path):

@@ -286,3 +286,14 @@ for base in ("adamw", "muon"):
 def test_sharded_weights_move_as_whole_ones(processes, tmp_path):
     """Also where a block of columns lies on two processes."""
     launch(SHARDED, tmp_path, processes)
+
+
+def test_the_default_device_of_torch_decides_nothing():
+    p = weight((12, 8))
+    optimizer = FiraAdamW([{"params": [p], "rank": 2, "projection": "columns", "update_proj_gap": 1}])
+    p.grad = torch.ones(12, 8)
+    torch.set_default_device("meta")
+    try:
+        optimizer.step()
+    finally:
+        torch.set_default_device(None)

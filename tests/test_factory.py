@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from conftest import build_llama, build_mixtral, build_tokens
 from fira_hf import FiraAdamW, FiraConfig, fira_adamw, get_fira_optimizer
+from fira_hf.factory import build_optimizer
 from fira_hf.memory import estimate_memory
 from fira_hf.targets import find_targets
 
@@ -320,3 +321,14 @@ def test_of_parameters_without_a_model_matrices_are_projected():
             fira_adamw(weights, **unknown)
     with pytest.raises(ValueError, match="no matrix that is trained, but 3 others"):
         fira_adamw(weights[1:], rank=2)
+    with pytest.raises(ValueError, match="nn.Parameter"):
+        fira_adamw([torch.ones(8, 6, requires_grad=True)], rank=2)
+
+
+def test_the_summary_is_of_what_the_optimizer_was_given():
+    """Groups of one's own over a part of the model, one of them a tensor by itself, as torch takes them."""
+    model = build_llama()
+    chosen = model.model.layers[0].mlp.up_proj.weight
+    optimizer = build_optimizer(model, FiraConfig(rank=4), [{"params": chosen}, {"params": [model.lm_head.weight]}])
+    assert optimizer.summary.startswith(f"Fira projects 1 matrices (1 at rank 4) with {chosen.numel():,} of ")
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1]

@@ -117,7 +117,7 @@ if sys.argv[4] == "adafactor":  # what all hold stays the same on all, also wher
 ordinary = Sent()
 train(model, optimizer, 20, 21, True, ordinary)
 if sys.argv[4] == "adamw":  # what finds bases where the host does not read: the same as of whole gradients
-    from fira_hf import functional, subspace
+    from fira_hf import functional, subspace, views
     from fira_hf.matrices import matrices_of
     from torch.distributed.tensor import distribute_tensor
 

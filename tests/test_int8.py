@@ -281,17 +281,21 @@ def test_without_torchao_nothing_is_int8(monkeypatch):
     assert not int8.is_int8(torch.zeros(2, 2))
 
 
-@pytest.mark.parametrize("optim", ["fira", "fira_layerwise"])
+@pytest.mark.parametrize("optim", ["fira", "fira_layerwise", "an optimizer that is passed"])
 def test_the_trainer_trains_saves_and_resumes_them(optim, tmp_path):
     rows = [{"input_ids": torch.arange(8) + i, "labels": torch.arange(8) + i} for i in range(8)]
 
     def run(steps, checkpoint=None):
         model = small()
+        is_named = optim.startswith("fira")
+        passed = None if is_named else get_fira_optimizer(model, FiraConfig(rank=4, lr=1e-2, eps=1e-8))
         arguments = TrainingArguments(
-            str(tmp_path), optim=optim, optim_args="rank=4", learning_rate=1e-2, max_steps=steps, save_steps=2,
-            lr_scheduler_type="constant", max_grad_norm=0, use_cpu=True, report_to="none", disable_tqdm=True,
+            str(tmp_path), **({"optim": optim, "optim_args": "rank=4"} if is_named else {}), learning_rate=1e-2,
+            max_steps=steps, save_steps=2, lr_scheduler_type="constant", max_grad_norm=0, use_cpu=True,
+            report_to="none", disable_tqdm=True,
         )  # fmt: skip
-        Trainer(model=model, args=arguments, train_dataset=rows).train(resume_from_checkpoint=checkpoint)
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, optimizers=(passed, None))
+        trainer.train(resume_from_checkpoint=checkpoint)
         return model
 
     whole = run(4)

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 from conftest import build_llama, trainer_settings
 from fira_hf import FiraAdamW, FiraConfig, get_fira_optimizer
 from fira_hf.layerwise import step_in_backward
+from fira_hf.trainer import Layerwise
 from test_layerwise import NAME, SETTINGS, assert_same_model, batches, trained
 
 
@@ -67,6 +68,14 @@ def test_clipping_says_that_it_has_no_effect(make_trainer, caplog):
         unclipped = trained(make_trainer, NAME, max_grad_norm=0)
         assert not [r for r in caplog.records if "max_grad_norm" in r.getMessage()]
     assert_same_model(clipped.model, unclipped.model)
+
+
+def test_a_compiled_backward_saves_nothing_and_that_is_said(make_trainer, caplog):
+    trainer = make_trainer(optim=NAME, optim_args="rank=4", max_grad_norm=0)
+    trainer.args.torch_compile = True  # of which nothing is compiled here
+    with caplog.at_level(logging.WARNING), Layerwise(trainer):
+        pass
+    assert "saves no gradients with torch_compile=True" in caplog.text
 
 
 def test_a_second_gradient_before_the_step_is_an_error():

@@ -124,6 +124,16 @@ def test_layerwise_holds_the_largest_gradient_and_a_tied_one_twice():
     assert gradients(vocab_size=8) == 4 * 80 * 32
 
 
+def test_layerwise_with_accumulation_holds_what_fira_does():
+    batch = {"batch_size": 2, "sequence_length": 16, "accumulates": True}
+    estimates = [
+        estimate_memory(build_llama(), FiraConfig(rank=4), optimizer=name, **batch)
+        for name in ("fira", "fira_layerwise")
+    ]
+    assert estimates[1].gradients == estimates[0].gradients
+    assert estimates[1].total <= estimates[0].total
+
+
 def test_columns_have_no_basis():
     model, config = build_llama(), FiraConfig(rank=4, projection="columns", base_optimizer="muon")
     optimizer = get_fira_optimizer(model, config)
@@ -237,6 +247,8 @@ def test_unknown_names_and_what_depends_on_the_data():
     model.set_experts_implementation("eager")
     with pytest.raises(ValueError, match="MixtralForCausalLM cannot be predicted"):
         estimate_memory(model, None, batch_size=1, sequence_length=8)
+    with pytest.raises(ValueError, match="Linear cannot be predicted"):
+        estimate_memory(torch.nn.Linear(8, 8), None, batch_size=1, sequence_length=8)
 
 
 # What the paper and GaLore's say of memory.

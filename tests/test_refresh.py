@@ -210,3 +210,13 @@ def test_a_matrix_without_a_basis_says_that_it_is_not_trained(monkeypatch):
     assert torch.equal(p, before)
     optimizer.step()
     assert not torch.equal(p, before)
+
+
+@pytest.mark.parametrize("refresh", ["staggered", "together"])
+def test_a_random_first_basis_knows_nothing_of_the_gradient(refresh):
+    p = weight((64, 48))
+    optimizer = FiraAdamW([{"params": [p], "rank": 8, "projection": "random", "refresh": refresh}])
+    optimizer.track_statistics = True
+    p.grad = torch.outer(torch.arange(64.0), torch.arange(48.0))
+    optimizer.step()
+    assert optimizer.pop_statistics()["captured_energy"] < 0.6  # of the one direction that there is

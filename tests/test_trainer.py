@@ -398,6 +398,12 @@ def test_what_belongs_to_training_arguments_is_sent_there(make_trainer, key, arg
     assert key in message and argument in message and "TrainingArguments" in message
 
 
+@pytest.mark.parametrize("targets", ["*attn*", ["*attn*"]])
+def test_a_glob_is_no_regular_expression(make_trainer, targets):
+    with pytest.raises(ValueError, match=r"optim_target_modules: '\*attn\*' is no regular expression"):
+        created(make_trainer, optim_target_modules=targets)
+
+
 # --------------------------------------------------------------------------- config=PATH
 
 
@@ -432,6 +438,7 @@ def test_explicit_keys_override_the_file(make_trainer, tmp_path, order):
         ({"eps": 1e-5}, {}, "adam_epsilon"),
         ({"betas": (0.9, 0.95)}, {}, "adam_beta2"),
         ({"target_modules": ["q_proj"]}, {"optim_target_modules": ["k_proj"]}, "optim_target_modules"),
+        ({"target_modules": ["q_proj"]}, {"optim_target_modules": "all-linear"}, "optim_target_modules='all-linear'"),
     ],
     ids=lambda part: part if isinstance(part, str) else "",
 )

@@ -118,6 +118,41 @@ def test_a_tensor_as_learning_rate_is_read_once_and_schedules_go_on():
     assert same(optimizers[0].param_groups[0]["lr"], 0.03125)
 
 
+def test_a_tensor_assigned_as_learning_rate_is_read_and_left_alone():
+    trained, plain = weight((8, 6)), weight((8, 6))
+    optimizers = [FiraAdamW([{"params": [p], "rank": 2}], lr=0.25) for p in (trained, plain)]
+    optimizers[0].param_groups[0]["lr"] = lr = torch.tensor(0.25)
+    for _ in range(3):
+        for p, optimizer in zip((trained, plain), optimizers, strict=True):
+            p.grad = torch.ones(8, 6).tril()
+            optimizer.step()
+    assert torch.equal(trained, plain) and lr == 0.25
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("settings", [{}, {"projection": "columns"}, {"state_dtype": "int8"}])
+def test_the_default_dtype_of_torch_decides_nothing(default, settings):
+    starts = [weight(shape).detach() for shape in [(24, 16), (5,)]]
+
+    def train():
+        p, vector = (torch.nn.Parameter(start.clone()) for start in starts)
+        optimizer = FiraAdamW([{"params": [p], "rank": 4, "update_proj_gap": 2, **settings}, {"params": [vector]}])
+        for step in range(5):
+            p.grad = torch.ones(24, 16, dtype=torch.float32).tril(step)
+            vector.grad = torch.ones(5, dtype=torch.float32)
+            optimizer.step()
+        return [p, vector, *(x for of in optimizer.state.values() for x in of.values() if torch.is_tensor(x))]
+
+    expected = train()
+    torch.set_default_dtype(default)
+    try:
+        found = train()
+        assert torch.get_default_dtype() == default
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
+
+
 def test_the_training_arguments_may_hold_numbers_of_numpy(tmp_path):
     # 0.25 and 0.5 are the same numbers in fp32.
     args = TrainingArguments(**trainer_settings(output_dir=str(tmp_path), optim="fira", optim_args="rank=4"))

@@ -402,3 +402,15 @@ for settings in (
 @pytest.mark.parametrize("processes", [2, 3])
 def test_sharded_weights_move_as_whole_ones(processes, tmp_path):
     launch(SHARDED, tmp_path, processes)
+
+
+@pytest.mark.parametrize(("limiter", "gamma"), [("growth", 2.0), ("shrink", 0.9), ("scale", 0.9)])
+def test_a_residual_of_zero_is_left_alone_by_every_limiter(limiter, gamma):
+    """At full rank nothing is left of the moment."""
+    p = weight((12, 8))
+    settings = {"base_optimizer": "muon", "residual": "moment", "limiter": limiter, "gamma": gamma}
+    optimizer = FiraAdamW([{"params": [p], "rank": 8, **settings}])
+    for _ in range(3):
+        p.grad = torch.ones(12, 8).tril()
+        optimizer.step()
+    assert p.isfinite().all()

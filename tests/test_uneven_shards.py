@@ -1,0 +1,62 @@
+"""Sharded weights of which the processes hold unlike parts: one has only zeros, or what cannot be projected."""
+
+from __future__ import annotations
+
+from conftest import launch
+
+SCRIPT = """
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from fira_hf import FiraAdamW
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
+torch.manual_seed(0)
+
+def sharded(tensor, dim=0):
+    return distribute_tensor(tensor, mesh, [Shard(dim)])
+
+# The row of this head is that of one process, and warm-up begins at a learning rate of 0.
+head = torch.nn.Parameter(sharded(torch.randn(1, 8)))
+optimizer = FiraAdamW([{"params": [head]}], lr=1e-3)
+warm_up = LambdaLR(optimizer, lambda step: step / 10)
+for _ in range(2):
+    head.grad = sharded(torch.randn(1, 8))
+    optimizer.step()
+    warm_up.step()
+assert optimizer.state[head]["step"] == 2
+
+# The experts of one process get no token in the first steps.
+experts = torch.nn.Parameter(sharded(torch.randn(4, 12, 8)))
+optimizer = FiraAdamW([{"params": [experts], "rank": 2}], lr=1e-3)
+for step in range(4):
+    gradients = torch.randn(4, 12, 8)
+    gradients[2:] *= step > 1
+    experts.grad = sharded(gradients)
+    optimizer.step()
+calls = [None, None]
+dist.all_gather_object(calls, optimizer.state[experts]["calls"])
+assert calls[0] == calls[1] == 3, calls  # a checkpoint has one count for all
+
+# Nothing is stepped if a later group cannot be.
+first, second = (torch.nn.Parameter(sharded(torch.randn(12, 8), dim)) for dim in (0, 1))
+optimizer = FiraAdamW([{"params": [first], "rank": 2}, {"params": [second], "rank": 2}], lr=1e-3)
+before = first.full_tensor().clone()
+first.grad, second.grad = sharded(torch.randn(12, 8)), sharded(torch.randn(12, 8), 1)
+try:
+    optimizer.step()
+except RuntimeError as error:
+    assert "shard" in str(error), error
+else:
+    raise AssertionError("a weight that is sharded by its columns was projected")
+assert torch.equal(first.full_tensor(), before)
+"""
+
+
+def test_processes_agree_where_their_parts_differ(tmp_path):
+    launch(SCRIPT, tmp_path, 2)
