@@ -169,7 +169,7 @@ def test_a_step_costs_no_more_than_adamws():
         assert row["ordinary"]["bytes"] <= bytes_an_element * row["elements"]
         assert row["ordinary"]["launches"] <= launches
         assert row["ordinary"]["reads"] == row["average"]["reads"] == 0
-        for kind, most in (("ordinary", 1.0), ("average", 1.3)):
+        for kind, most in (("ordinary", 1.0), ("average", 1.35)):
             seconds = (of[kind]["seconds"]["H100"]["step"] for of in (row, reference))
             assert next(seconds) <= most * next(seconds), (size, kind)
 
