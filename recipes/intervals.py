@@ -16,6 +16,13 @@ def shared(records: list[dict[str, Any] | None]) -> bool:
     return len(found) == 1 and None not in found
 
 
+def paired(*methods: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Of runs of two methods those of the seeds that both have, and all where they share none: a seed sets the order
+    of the examples, and some are better for all methods."""
+    seeds = set.intersection(*({run["seed"] for run in runs} for runs in methods))
+    return [[run for run in runs if run["seed"] in seeds or not seeds] for runs in methods]
+
+
 def of_losses(of_one: list[dict[str, Any]], others: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Of runs of two methods: the difference of the mean loss over the held-out examples, and its interval; None where
     the runs do not share the examples. Of several seeds, the mean over them counts for each example."""

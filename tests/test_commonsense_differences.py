@@ -10,10 +10,12 @@ from recipes.commonsense.differences import differences, sentences
 from recipes.settings import BEFORE
 
 
-def run(method: str, rights: dict[str, str], losses: list[float] | None = None, mark: str = "x") -> dict:
+def run(
+    method: str, rights: dict[str, str], losses: list[float] | None = None, mark: str = "x", seed: int = 0
+) -> dict:
     accuracy = {task: {"right": right, "fingerprint": f"{mark}{task}"} for task, right in rights.items()}
     held_out = None if losses is None else {"losses": losses, "fingerprint": mark}
-    return {"method": method, "accuracy": accuracy, "held_out": held_out}
+    return {"method": method, "seed": seed, "accuracy": accuracy, "held_out": held_out}
 
 
 def only(found: list[dict], method: str, minus: str) -> dict:
@@ -82,12 +84,24 @@ def test_of_several_seeds_the_mean_of_each_question_counts():
     assert only(found, "fira-full", "lora")["loss"]["difference"] == pytest.approx(-1)
 
 
+def test_only_seeds_that_both_have_are_compared():
+    """The second seed is easier, whatever the method; before training there is one run."""
+    runs = [run("lora", {"boolq": "0011"}, [3.0, 4.0], seed=0), run("lora", {"boolq": "1111"}, [1.0, 2.0], seed=1)]
+    runs += [
+        run("fira-full", {"boolq": "0111"}, [2.5, 3.5], seed=0),
+        run(BEFORE, {"boolq": "0000"}, [5.0, 5.0], seed=42),
+    ]
+    entry = only(differences(runs), "fira-full", "lora")
+    assert (entry["accuracy"]["difference"], entry["loss"]["difference"]) == (0.25, -0.5)
+    assert only(differences(runs), "lora", BEFORE)["accuracy"]["difference"] == 0.75
+
+
 def test_runs_on_other_questions_are_not_compared():
     runs = [run("lora", {"boolq": "10", "piqa": "01"}, [1.0, 2.0]), run("fira-full", {"boolq": "01"}, [1.0, 2.0])]
     assert only(differences(runs), "fira-full", "lora")["accuracy"]["tasks"] == ["boolq"]
     other = run("fira-full", {"boolq": "01"}, [1.0, 2.0], mark="y")
     assert differences([runs[0], other]) == []
-    old = {"method": "fira-full", "accuracy": {"boolq": {"accuracy": 0.5}}}  # as it was before
+    old = {"method": "fira-full", "seed": 0, "accuracy": {"boolq": {"accuracy": 0.5}}}  # as it was before
     assert differences([runs[0], old]) == []
 
 

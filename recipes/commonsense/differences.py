@@ -19,14 +19,16 @@ def differences(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each method to each of REFERENCES: {"method", "minus", "accuracy", "loss"}. One of the last two is None where
     the runs do not share their questions or did not record them; without both there is no entry.
 
-    Of several seeds, the mean over them counts for each question. An interval is over questions, not over seeds.
+    Of several seeds that both have, the mean over them counts for each question. An interval is over questions, not
+    over seeds.
     """
     of_methods = by_method(runs)
     found = []
     for reference in (name for name in REFERENCES if name in of_methods):
         for method, of_one in of_methods.items():
             if method not in (BEFORE, reference):
-                accuracy, loss = (figure(of_one, of_methods[reference]) for figure in (_accuracy, intervals.of_losses))
+                both = intervals.paired(of_one, of_methods[reference])
+                accuracy, loss = _accuracy(*both), intervals.of_losses(*both)
                 if accuracy or loss:
                     found.append({"method": method, "minus": reference, "accuracy": accuracy, "loss": loss})
     return found

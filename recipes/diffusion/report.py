@@ -33,7 +33,11 @@ def differences(runs: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Method -> its held-out loss minus that of AdamW, with an interval over the held-out images."""
     of_methods = by_method(runs)
     others = of_methods.pop(REFERENCE, [])
-    found = {method: intervals.of_losses(of_one, others) for method, of_one in of_methods.items() if others}
+    found = {
+        method: intervals.of_losses(*intervals.paired(of_one, others))
+        for method, of_one in of_methods.items()
+        if others
+    }
     return {method: one for method, one in found.items() if one is not None}
 
 
