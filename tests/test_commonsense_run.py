@@ -231,7 +231,7 @@ def test_compare_survives_a_failure_reports_and_repeats_only_what_failed(preset,
     merged = json.loads((tmp_path / "results.json").read_text())["runs"]
     methods = ["before training", "lora", "fira-full", "adamw-full"]
     assert [(r["method"], r["status"]) for r in merged] == [(method, "ok") for method in methods]
-    for name in ("loss.png", "accuracy.png"):
+    for name in ("loss.png", "accuracy.png", "differences.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "failed" not in text

@@ -81,12 +81,12 @@ def refresh_bytes(rows: int, columns: int, rank: int, devices: int) -> int:
 def refresh_flops(rows: int, columns: int, rank: int, devices: int, replicas: bool = False) -> float:
     """Floating-point operations of the matrix products of a refresh on the first device, where moments are rotated.
 
-    Two products with the gradient are shared out. To orthonormalise (two passes of CholeskyQR, and a test) and to
+    Two products with the gradient are shared out. To orthonormalise (two passes of CholeskyQR, as on a CPU) and to
     compare with the old basis is work with the basis alone, which every device does; moments, (long, r), are rotated
     where they are. Replicas (DDP) find each basis on one of them, but all rotate all moments; theirs is a mean.
     """
     long, short = max(rows, columns), min(rows, columns)
-    find, compare, rotate = 10 * short * rank**2, 2 * short * rank**2, 4 * rank**2
+    find, compare, rotate = 8 * short * rank**2, 2 * short * rank**2, 4 * rank**2
     products = 4 * columns * rank
     if replicas:
         return (products * rows + find) / devices + compare + rotate * long

@@ -1,4 +1,4 @@
-"""The picture of a report that only this recipe has."""
+"""The pictures of a report that only this recipe has."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def plot_accuracy(runs: list[dict[str, Any]], path: Path, before: dict[str, Any]
     tasks = [task for task in TASKS if all(task in run["accuracy"] for run in runs)]
     methods = [method for method in STYLES if any(run["method"] == method for run in runs)]
     width = 0.8 / len(methods)
-    figure = Figure(figsize=(max(7.0, 1.35 * (len(tasks) + 1)), 4.4), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 1.35 * (len(tasks) + 1)) + 2, 4.4), layout="constrained")
     axis = figure.subplots()
     for index, method in enumerate(methods):
         of_one = [run for run in runs if run["method"] == method]
@@ -37,7 +37,30 @@ def plot_accuracy(runs: list[dict[str, Any]], path: Path, before: dict[str, Any]
     axis.set(ylabel="accuracy (%)", ylim=(0, 100))
     axis.grid(axis="y", alpha=0.3)
     axis.set_axisbelow(True)
-    figure.legend(frameon=False, ncols=len(methods) + 2, loc="outside upper center")
+    figure.legend(frameon=False, loc="outside right upper")
+    figure.savefig(path, dpi=150)
+
+
+def plot_differences(found: list[dict[str, Any]], path: Path) -> None:
+    """Differences to one method, `found` as of `differences`, with their intervals: of accuracy, of held-out loss."""
+    figure = Figure(figsize=(9.5, 1.3 + 0.45 * len(found)), layout="constrained")
+    panels = (
+        ("accuracy", 100, "accuracy, points (to the right: better)"),
+        ("loss", 1, "held-out loss, nats (to the left: better)"),
+    )
+    for axis, (key, factor, label) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        for place, entry in enumerate(found):
+            if entry[key] is None or entry[key]["interval"] is None:
+                continue
+            colour, marker = STYLES[entry["method"]]
+            axis.plot([factor * end for end in entry[key]["interval"]], [place, place], color=colour, linewidth=2)
+            axis.plot(factor * entry[key]["difference"], place, color=colour, marker=marker, markersize=8)
+        axis.axvline(0, color="0.4", linewidth=1)
+        axis.set_xlabel(label)
+        axis.grid(axis="x", alpha=0.3)
+    figure.axes[0].set_yticks(range(len(found)), [entry["method"] for entry in found])
+    figure.axes[0].invert_yaxis()
+    figure.suptitle(f"difference to {found[0]['minus']}, with 95% intervals", fontsize=11)
     figure.savefig(path, dpi=150)
 
 

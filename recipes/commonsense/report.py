@@ -15,7 +15,7 @@ from typing import Any
 
 from recipes import report
 from recipes.commonsense.differences import differences, sentences
-from recipes.commonsense.plots import plot_accuracy
+from recipes.commonsense.plots import plot_accuracy, plot_differences
 from recipes.commonsense.settings import RECIPE
 from recipes.commonsense.tasks import TASKS
 from recipes.plots import plot_losses
@@ -51,8 +51,9 @@ def describe(runs: list[dict[str, Any]], folder: Path) -> tuple[list[str], list[
     learned = "the whole text" if first["all_settings"]["train_on_inputs"] else "the response"
     losses = f"Train loss: the last one logged, over {learned}. Validation loss: over the response."
     parts += ["## Cost and loss", "", *markdown(costs), "", report.cost_notes(trained, losses), ""]
-    plot_losses(trained, folder / "loss.png", PANELS, before)
-    parts += ["![Training and validation loss by step](loss.png)", ""]
+    evaluated = any(sum("eval_loss" in entry for entry in run["history"]) > 1 for run in trained)
+    plot_losses(trained, folder / "loss.png", PANELS if evaluated else PANELS[:1], before)
+    parts += [f"![{'Training and validation' if evaluated else 'Training'} loss by step](loss.png)", ""]
     parts += report.describe_fira(trained)
     if len(accuracy) > 1:
         parts += ["## Accuracy (%)", "", *markdown(accuracy), "", *_accuracy_notes(runs, bool(found)), ""]
@@ -63,6 +64,9 @@ def describe(runs: list[dict[str, Any]], folder: Path) -> tuple[list[str], list[
     if found:
         said = [line for sentence in sentences(found) for line in (sentence, "")]
         parts += ["## Differences", "", *said, *markdown(differences_table(found)), "", _NOTES, ""]
+        if to_lora := [entry for entry in found if entry["minus"] == "lora"]:
+            plot_differences(to_lora, folder / "differences.png")
+            parts += ["![Differences to LoRA](differences.png)", ""]
     return parts, [costs, accuracy, differences_by_method(found)], {"differences": found} if found else {}
 
 
