@@ -12,7 +12,7 @@ from recipes.commonsense.tasks import TASKS
 from recipes.report import by_method
 from recipes.settings import BEFORE
 
-REFERENCES = (BEFORE, "lora")
+REFERENCES = (BEFORE, "lora", "adamw-full")
 
 
 def differences(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def differences(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for reference in (name for name in REFERENCES if name in of_methods):
         for method, of_one in of_methods.items():
-            if method not in (BEFORE, reference):
+            if method not in REFERENCES[: REFERENCES.index(reference) + 1]:  # of those the difference is there
                 both = intervals.paired(of_one, of_methods[reference])
                 accuracy, loss = _accuracy(*both), intervals.of_losses(*both)
                 if accuracy or loss:
