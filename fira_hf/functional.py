@@ -51,6 +51,8 @@ BLOCK = 2**20
 def fp32_products() -> Iterator[None]:
     """Products of fp32 are made in fp32, whatever the training allows: TF32 by TrainingArguments(tf32=True), bf16 by
     torch.set_float32_matmul_precision("medium"). A basis that is found in less is not orthonormal.
+
+    Tensors that are made without a dtype are fp32 as well, whatever torch.set_default_dtype says.
     """
     backends: Any = torch.backends
     of_devices = (backends.cuda.matmul, backends.mkldnn.matmul)

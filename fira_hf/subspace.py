@@ -13,7 +13,7 @@ from .views import tall
 
 # Up to this many columns the exact basis, from the Gram matrix, is cheaper than a power iteration.
 EXACT = 64
-# Largest accepted entry of Q^T Q - I. Two passes of CholeskyQR in fp32, or one decomposition, come out below 1e-5.
+# Largest accepted entry of Q^T Q - I after a decomposition in fp32, which comes out below 1e-5.
 TOLERANCE = 2e-5
 # Of the trace of a Gram matrix, added to its diagonal; and of an old basis, added to a new one.
 SHIFT, FILL = 1e-6, 1e-4
@@ -145,7 +145,7 @@ def draw(shape: torch.Size | tuple[int, int], device: torch.device, seed: int) -
 
 
 def cholesky_qr(Y: Tensor, previous: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """CholeskyQR twice: Q, (B, short, r), and whether it is orthonormal, (B,) bool.
+    """CholeskyQR twice: Q, (B, short, r), and whether it is orthonormal (its entries below 1e-5 off), (B,) bool.
 
     With orthonormal `previous`, what Y lacks in rank is theirs, and a pass with a shifted Gram matrix comes before
     (Fukaya et al., SIAM J. Sci. Comput. 42, 2020): where the host does not look, nothing else takes what fails.
