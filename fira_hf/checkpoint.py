@@ -124,7 +124,6 @@ def _projected(groups: list[dict[str, Any]], named: bool) -> dict[str, dict[str,
     for g, group in enumerate(groups):
         if "rank" not in group:
             continue
-        group = {"convolution": False, **group}  # a checkpoint from before there were convolutions does not say so
         settings = {name: group.get(name) for name in ("rank", *PROJECTED_DEFAULTS, *SHARED_DEFAULTS)}
         names = _names(group) if named else [f"parameter {i} of group {g}" for i in range(len(group["params"]))]
         found |= dict.fromkeys(names, settings)

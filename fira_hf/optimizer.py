@@ -445,7 +445,7 @@ class FiraAdamW(torch.optim.Optimizer):
         def restore(_: Any) -> None:
             for group, before in zip(self.param_groups, own, strict=True):
                 for name, value in before.items():
-                    group.setdefault(name, value)  # an older version, or AdamW, may not have saved it
+                    group.setdefault(name, value)  # AdamW does not save all of them
                 group["betas"] = tuple(group["betas"])
             first = first_states(self.param_groups)
             groups = [group for group in self.param_groups for _ in group["params"]]

@@ -165,11 +165,8 @@ def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> State:
 def loaded_state(p: Any, saved: dict[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a saved state on the weight's device, in the dtypes in which it was saved."""
     device, state = local(p.data).device, State()
-    kept = kept_tensors(p.shape, group) if "residual_norm" in saved else saved
     for name, value in saved.items():
         if isinstance(value, Tensor):
-            if name not in kept:
-                continue  # the basis of a whole moment at full rank, which earlier versions kept
             is_basis = name == "basis" and value.is_floating_point()  # and no codes, which are decoded
             value = F.column_major(value.to(device)) if is_basis else value.to(device, copy=True)
             if "residual_norm" in saved and not is_basis:  # else as its weight lies
@@ -257,8 +254,6 @@ def state_misfit(p: Any, state: Mapping[str, Any], group: Mapping[str, Any], els
                 "has a state that was loaded past load_state_dict (with ZeroRedundancyOptimizer, let each process "
                 "save optimizer.optim.state_dict() and load it by optimizer.optim.load_state_dict())"
             )
-        if not isinstance(state.get("phase", 0), int):
-            return "has an optimizer state as earlier versions saved it (phase is a list)"
         shapes = {name: kept.shape for name, kept in kept_tensors(p.shape, group).items()}
     else:
         shapes = {**dict.fromkeys(F.MOMENTS["adamw"], tuple(p.shape)), "step": ()}

@@ -66,7 +66,9 @@ def _are_alike(folder: Path, settings: dict[str, Any], key: str) -> bool:
 
 def _losses(runs: dict[str, runner.Run]) -> dict[str, float | None]:
     """The loss of each value; None where the run failed or diverged."""
-    found = {value: validation_loss(files.read_json(run.folder / rundir.RESULT)) for value, run in runs.items()}
+    # Another command, of other settings, may have taken a run's folder since the plan was made.
+    results = {value: files.read_json(run.folder / rundir.RESULT) or {} for value, run in runs.items()}
+    found = {value: validation_loss(result) for value, result in results.items()}
     return {value: loss if loss is not None and math.isfinite(loss) else None for value, loss in found.items()}
 
 

@@ -222,17 +222,6 @@ def test_three_dimensions_are_a_stack_or_a_kernel_as_the_group_says(split):
         assert optimizer.state[p]["step"].shape == (() if count == 1 else (count,))
 
 
-def test_a_checkpoint_from_before_there_were_convolutions_goes_on():
-    p = weight((12, 8))
-    optimizer = optimizer_of(p)
-    p.grad = torch.ones_like(p)
-    optimizer.step()
-    saved = optimizer.state_dict()
-    del saved["param_groups"][0]["convolution"]
-    optimizer.load_state_dict(saved)
-    optimizer.step()
-
-
 # --------------------------------------------------------------------------- models
 
 

@@ -49,6 +49,20 @@ def test_what_ran_with_other_settings_is_not_beside_it(folder):
     assert set(found(folder, "lora", "learning_rate=1e-3")["lora"]["losses"]) == {"1e-3"}
 
 
+def test_a_run_without_a_result_is_no_value_and_no_crash(folder, monkeypatch):
+    """As where another command has put a run of other settings into its folder meanwhile."""
+    execute = runner.execute
+
+    def interrupted(runs, parallel):
+        execute(runs, parallel)
+        (runs[0].folder / rundir.RESULT).unlink()
+        return []
+
+    monkeypatch.setattr(runner, "execute", interrupted)
+    of_lora = found(folder, "lora", "learning_rate=1e-4,3e-4")["lora"]
+    assert (of_lora["losses"]["1e-4"], of_lora["best"]) == (None, "3e-4")
+
+
 def test_words_have_no_edge(folder):
     of_words = found(folder, "lora", "lr_scheduler_type=linear,cosine,constant")["lora"]
     assert (of_words["best"], of_words["at_the_edge"]) in (("linear", False), ("cosine", False))

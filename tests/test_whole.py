@@ -288,18 +288,6 @@ def test_parts_are_trained_as_matrices_by_themselves(shape, transposed):
     assert (parts - (stored.t() if transposed else stored)).norm() <= 0.05 * (parts - weight(shape)).norm()
 
 
-def test_a_basis_that_earlier_versions_kept_at_full_rank_is_dropped():
-    p = weight((40, 24))
-    optimizer, other = optimizer_of(p, rank=24), optimizer_of(p, rank=24)
-    p.grad = gradients((40, 24), 1)[0]
-    optimizer.step()
-    saved = optimizer.state_dict()
-    saved["state"][0]["basis"] = torch.eye(24)
-    other.load_state_dict(saved)
-    assert "basis" not in other.state[p]
-    other.step()
-
-
 # --------------------------------------------------------------------------- errors
 
 
