@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import functional as F
+from .base_optimizers import orthogonalized
 from .codes import FIRST, SECOND, Code
 from .factors import are_aligned, table_of
 from .tiles import draws, moved, pointer
@@ -216,6 +217,6 @@ def direction_of_codes(
             BLOCK_L=block_l, BLOCK_R=block_r,
         )  # fmt: skip
     if base_optimizer == "muon":
-        N = F.orthogonalized(N, add)
+        N = orthogonalized(N, add)
         N_norms = F.row_norms(N)
     return N, R_norms, N_norms

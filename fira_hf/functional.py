@@ -17,8 +17,8 @@ any tensor of the weight's size exists, and the whole update is one product of r
 
     W <- (1 - lr wd) (W - eta [(alpha N - s c k phi R) Q^T + s c phi G]),      eta = lr sqrt(1 - b2^t) / (1 - b1^t)
 
-N and eta are Adam's; `direction` has the N of other base optimizers, for Lion and Muon eta = lr. eta is multiplied by
-`rms_scale`, unless adjust_lr="none". With projection="columns" Q is a `range`: R is so many neighbouring columns of G,
+N and eta are Adam's; `base_optimizers` has those of others. eta is multiplied by their `rms_scale`, unless
+adjust_lr="none". With projection="columns" Q is a `range`: R is so many neighbouring columns of G,
 and N goes into those of W.
 (s, k) = (1, alpha) is the published code, (alpha, 1) is the paper, the same at alpha = 1; (0, 1) leaves S out.
 """
@@ -32,8 +32,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 from torch.optim.adamw import adamw
+
+from .base_optimizers import TINY as TINY  # part of these functions' vocabulary, and so of their users'
+from .base_optimizers import Add, Moments, adafactor, adam, lion, muon
 
 # The epsilon of phi and of the limiter in the published code (fira 1.0.2, fira_adamw.py).
 EPS = 1e-8
@@ -41,7 +43,6 @@ EPS = 1e-8
 # known to about 1e-7 of the gradient's). As a reference for growth it would switch the residual off for a thousand
 # steps, so it does not count as history.
 NEGLIGIBLE = 1e-3
-TINY = torch.finfo(torch.float32).tiny  # divisors that may be zero are kept at or above it
 # Rows are taken in blocks of about this many elements, so that what is converted stays small and what is read twice
 # is still in the cache.
 BLOCK = 2**20
@@ -85,10 +86,6 @@ def row_norms(matrix: Tensor) -> Tensor:
     for rows in row_blocks(matrix.t(), size=min(BLOCK, matrix.numel()) // 4):
         sums += rows.float().square().sum(0)
     return sums.sqrt_().unsqueeze(1)
-
-
-# Sums a tensor over all processes that share the rows of a matrix; None: there are no others.
-Add = Callable[[Tensor], Tensor] | None
 
 
 def total_norms(norms: Tensor, add: Add = None) -> Tensor:
@@ -156,17 +153,6 @@ def transposed_product(G: Tensor, P: Tensor) -> Tensor:
     return Y
 
 
-# The moments of R that a base optimizer keeps, as named in the state -> whether each has the rows and columns of R.
-# What has no rows comes first: processes that share the rows all hold it, and round it with the same draws.
-MOMENTS = {
-    "adamw": {"exp_avg": (True, True), "exp_avg_sq": (True, True)},
-    "lion": {"exp_avg": (True, True)},
-    "muon": {"exp_avg": (True, True)},
-    "adafactor": {"exp_avg_sq_col": (False, True), "exp_avg_sq_row": (True, False), "exp_avg": (True, True)},
-}
-Moments = list[list[Tensor]]  # for each name, that of each of B matrices
-
-
 def direction(
     base_optimizer: str,
     R: Tensor,
@@ -189,11 +175,11 @@ def direction(
     moments = [[moment.float() for moment in of] for of in stored]
     before = [] if active is None or base_optimizer == "adamw" else [torch.stack(of) for of in moments]
     if base_optimizer == "adamw":
-        N = _adam(R, moments, betas, eps, active)
+        N = adam(R, moments, betas, eps, active)
     elif base_optimizer == "adafactor":
-        N = _adafactor(R, moments, betas, eps, add)
+        N = adafactor(R, moments, betas, eps, add)
     else:
-        N = _lion(R, moments, betas) if base_optimizer == "lion" else _muon(R, moments, betas, add)
+        N = lion(R, moments, betas) if base_optimizer == "lion" else muon(R, moments, betas, add)
     if before:
         for of, old in zip(moments, before, strict=True):
             torch._foreach_copy_(of, list(torch.where(mask, torch.stack(of), old)))
@@ -202,92 +188,6 @@ def direction(
         for i, moment in enumerate(of):
             store(moment, new[i], generator(moment, seeds[which][i] if seeds else None))
     return N, row_norms(R), row_norms(N)
-
-
-def _adam(R: Tensor, moments: Moments, betas: tuple[float, float], eps: float, active: Tensor | None) -> Tensor:
-    """N = M / (sqrt(V) + eps)."""
-    # torch's fused Adam, in one pass: at lr = -1 it adds M / (sqrt(V) + eps) to zeros, and b^inf = 0 leaves its bias
-    # correction out.
-    N = torch.zeros_like(R)
-    never = R.new_full((), torch.inf)
-    settings: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False, "lr": -1.0, "weight_decay": 0.0}
-    settings |= {"beta1": betas[0], "beta2": betas[1], "eps": eps}
-    M, V = moments
-    if active is None:
-        adam(list(N), list(R), M, V, [], [never] * len(R), **settings)
-    else:
-        for n, r, m, v, stop in zip(N, R, M, V, (~active).float(), strict=True):
-            adam([n], [r], [m], [v], [], [never], found_inf=stop, **settings)
-    return N
-
-
-def _lion(R: Tensor, moments: Moments, betas: tuple[float, float]) -> Tensor:
-    """N = sign(b1 M + (1 - b1) R), M <- b2 M + (1 - b2) R (arXiv 2302.06675, algorithm 2)."""
-    (M,) = moments
-    N = torch.stack(torch._foreach_lerp(M, list(R), 1 - betas[0])).sign_()
-    torch._foreach_lerp_(M, list(R), 1 - betas[1])
-    return N
-
-
-def _muon(R: Tensor, moments: Moments, betas: tuple[float, float], add: Add) -> Tensor:
-    """N = X (X^T X)^(-1/2), nearly, of X = b1 M + (1 - b1) R: Muon with Nesterov momentum (arXiv 2502.16982)."""
-    (M,) = moments
-    torch._foreach_lerp_(M, list(R), 1 - betas[0])
-    return orthogonalized(torch.stack(torch._foreach_lerp(M, list(R), 1 - betas[0])), add)
-
-
-# Muon's quintic iteration (torch.optim.Muon): singular values above a thousandth of the norm come out near 1, between
-# 0.7 and 1.2, and those that are smaller grow 485-fold.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NEWTON_SCHULZ_STEPS = 5
-# Above this rank an accelerator iterates on X, in bf16 on its tensor cores: products of r x r in fp32 would cost more.
-GRAM_RANK = 512
-
-
-def orthogonalized(X: Tensor, add: Add = None) -> Tensor:
-    """X p(X^T X), (B, long, r), with the singular values of X brought near 1 and its singular vectors.
-
-    The polynomial p is found on the r x r matrix alone, so two products of X's size are all there are. Zeros stay, and
-    so does whatever rank X lacks: nothing is inverted.
-    """
-    if X.device.type != "cpu" and X.shape[2] > GRAM_RANK:
-        return orthogonalized_in_bf16(X, add)
-    a, b, c = NEWTON_SCHULZ
-    gram = X.mT @ X
-    gram = gram if add is None else add(gram)
-    square = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_(min=TINY).view(-1, 1, 1)
-    A, eye = gram / square, torch.eye(X.shape[2], device=X.device).expand_as(gram)
-    whole, a_eye = eye, a * eye
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        factor = torch.baddbmm(A, A, A, beta=b, alpha=c).add_(a_eye)
-        whole, A = whole @ factor, factor @ A @ factor  # all are polynomials of one matrix: they commute
-    return X @ (whole / square.sqrt())
-
-
-def orthogonalized_in_bf16(X: Tensor, add: Add = None) -> Tensor:
-    """The same by products of X itself, fifteen of its size, in bf16, as torch.optim.Muon makes them. Returns fp32."""
-    a, b, c = NEWTON_SCHULZ
-    Y = (X / total_norms(row_norms(X), add).clamp_(min=TINY)).bfloat16()
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        A = Y.mT @ Y
-        A = A if add is None else add(A)
-        Y = torch.baddbmm(Y, Y, torch.baddbmm(A, A, A, beta=b, alpha=c), beta=a)
-    return Y.float()
-
-
-def _adafactor(R: Tensor, moments: Moments, betas: tuple[float, float], eps: float, add: Add) -> Tensor:
-    """N = M / (sqrt(V) + eps), V_ij = row_i col_j / mean(col), where row follows the means of R^2 over its rows, and
-    col the sums over its columns (arXiv 1804.04235, algorithm 2)."""
-    col, row, M = moments
-    squares = R.square()
-    torch._foreach_lerp_(M, list(R), 1 - betas[0])
-    torch._foreach_lerp_(row, list(squares.mean(2, keepdim=True)), 1 - betas[1])
-    columns = squares.sum(1, keepdim=True)
-    torch._foreach_lerp_(col, list(columns if add is None else add(columns)), 1 - betas[1])
-    columns = torch.stack(col)
-    columns = columns / columns.mean(2, keepdim=True).clamp_(min=TINY)
-    roots = torch.stack(row).sqrt_() * columns.sqrt_()
-    return torch.stack(M).div_(roots.add_(eps))
 
 
 def residual_scale(N_norms: Tensor, R_norms: Tensor, scaling: str, add: Add = None) -> Tensor:
@@ -329,16 +229,6 @@ def limit(norm: Tensor, previous: Tensor, gamma: float | None, limiter: str = "g
     else:
         c = torch.where(torch.isfinite(norm), gamma * (previous + EPS) / norm, 1.0).clamp_(max=1.0)
     return c, c * norm
-
-
-def rms_scale(base_optimizer: str, long: int, short: int, rank: int) -> float:
-    """What a low-rank update is multiplied with to be as large as AdamW's of the whole matrix, whose rates then serve.
-
-    The entries of N are of AdamW's size, but there are only long x r of them: sqrt(short / r). Muon's singular values
-    are 1, and with 0.2 sqrt(long) the root mean square is AdamW's 0.2 (arXiv 2502.16982; "match_rms_adamw" in
-    torch.optim.Muon).
-    """
-    return 0.2 * math.sqrt(long) if base_optimizer == "muon" else math.sqrt(short / rank)
 
 
 def bias_correction(beta: float, t: Tensor) -> Tensor:
@@ -481,25 +371,3 @@ def row_blocks(tensor: Tensor, like: Tensor | None = None, size: int = 0) -> tup
     if like.numel() <= size or like.device.type != "cpu":
         return (tensor,)
     return tensor.split(max(1, size // like.shape[1:].numel()))
-
-
-def rotate_moments(base_optimizer: str, moments: Sequence[Tensor], C: Tensor, ratio: Tensor) -> None:
-    """Carries the moments of one matrix, in place, into a new basis; C = Q_old^T Q_new, (r, r).
-
-    The mean turns with the basis; the variance, whose covariances are not known, is carried over by the squares of C
-    (LDAdam, arXiv 2410.16103): M <- M C,  V <- max(V - m M^2, 0) C^2 + m (M C)^2, with `ratio` m = (1 - b2^t) /
-    (1 - b1^t)^2, which accounts for the bias correction. Of Adafactor's V the columns are carried over, V <- V C^2.
-    """
-    if base_optimizer == "adamw":
-        M, V = moments
-        variance = V.sub_(M.square().mul_(ratio)).clamp_(min=0) @ C.square()
-        M.copy_(M @ C)
-        V.copy_(variance.add_(M.square().mul_(ratio)))
-        return
-    *means, M = moments
-    M.copy_(M @ C)
-    if means:
-        col, row = means
-        before = col.mean().clamp_(min=TINY)
-        col.copy_(col @ C.square())
-        row.mul_(col.mean() / before)  # V_ij = row_i col_j / mean(col)

@@ -30,6 +30,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from . import factors
 from . import functional as F
+from .base_optimizers import orthogonalized
 from .code_kernels import decode as decode
 from .code_kernels import direction_of_codes as direction_of_codes
 from .code_kernels import encode as encode
@@ -363,7 +364,7 @@ def direction(
             BASE=base_optimizer, INTERPRETED=INTERPRETED, BLOCK_L=block_l, BLOCK_R=block_r,
         )  # fmt: skip
     if base_optimizer == "muon":
-        N = F.orthogonalized(N, add)
+        N = orthogonalized(N, add)
         N_norms = F.row_norms(N)
     return N, R_norms, N_norms
 

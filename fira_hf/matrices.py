@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import functional as F
 from . import int8, views, whole
+from .base_optimizers import MOMENTS
 from .codes import CODES, SCALE, decode, encode, is_coded
 from .distributed import Shards, local, own_of_stack, shards_of
 from .state import (
@@ -203,7 +204,7 @@ def update_moments(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`functional.direction` of matrices of one shape, whose low-rank moments are updated as they are kept."""
     base, state, ops = group["base_optimizer"], matrices[0].state, operations(matrices[0].parameter)
-    names, seeds = list(F.MOMENTS[base]), None
+    names, seeds = list(MOMENTS[base]), None
     if rounds_state(group):
         seeds = [[matrix.rounding_seed(OF_MOMENTS + i) for matrix in matrices] for i in range(len(names))]
     settings = (group["betas"], group["eps"], active, seeds, add)

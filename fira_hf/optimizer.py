@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
+from . import base_optimizers, int8, whole
 from . import functional as F
-from . import int8, whole
 from .checkpoint import check_checkpoint, pairs
 from .codes import negligible
 from .config import FiraConfig
@@ -299,7 +299,7 @@ class FiraAdamW(torch.optim.Optimizer):
         is_corrected = group["correct_bias"] and base in ("adamw", "adafactor")
         lr = group["lr"]
         if group["adjust_lr"] == "match_rms_adamw":
-            lr = lr * F.rms_scale(base, long, short, R.shape[2])
+            lr = lr * base_optimizers.rms_scale(base, long, short, R.shape[2])
         eta = F.step_size(lr, group["betas"], counts if is_corrected else torch.inf * counts)
         if active is not None:
             mask = active.view(-1, 1, 1)
@@ -307,7 +307,7 @@ class FiraAdamW(torch.optim.Optimizer):
         G_norms = norms[..., :1]
         if wholes:
             R = R if active is None else torch.where(mask, R, 0.0)
-            N = F.orthogonalized(R, add)
+            N = base_optimizers.orthogonalized(R, add)
             R_norms, N_norms = F.row_norms(R), F.row_norms(N)
             equal = whole.equal_rows(N_norms, long, R.shape[2])
             N_norms = equal * N_norms
@@ -370,7 +370,7 @@ class FiraAdamW(torch.optim.Optimizer):
         settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
         rows = []
         for p, s, count in zip(parameters, states, counts, strict=True):
-            moments = [local(s[name]) for name in F.MOMENTS["adamw"]]
+            moments = [local(s[name]) for name in base_optimizers.MOMENTS["adamw"]]
             seed = rounding_seed(s) if rounds_weight(p, group) else None
             state_seed = rounding_seed(s, use=OF_MOMENTS) if rounds_state(group) else None
             weight, grad = int8.view(local(p.detach())), local(p.grad)
@@ -387,7 +387,7 @@ class FiraAdamW(torch.optim.Optimizer):
 
     def _create_dense(self, p: Any, group: dict[str, Any], first: dict[str, Any]) -> None:
         zeros = torch.zeros_like(local(p.detach()), dtype=state_dtype_of(group["state_dtype"]))
-        moments = {name: sharded_like(p, zeros.clone(), p.shape) for name in F.MOMENTS["adamw"]}
+        moments = {name: sharded_like(p, zeros.clone(), p.shape) for name in base_optimizers.MOMENTS["adamw"]}
         self.state[p] = {"step": torch.zeros((), device=zeros.device), **moments, **first}
 
     def _add_statistics(

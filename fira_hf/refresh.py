@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from . import base_optimizers
 from . import functional as F
 from .distributed import broadcast, is_own, owners
 from .matrices import Matrix, batches, operations, operations_of_moments, read
@@ -180,7 +181,7 @@ def _change_basis(matrix: Matrix, Q: Tensor, good: Tensor | None, group: dict[st
         b1, b2 = (F.bias_correction(beta, matrix["step"]) for beta in group["betas"])
         names, copies = low_rank_moments(group), good is not None
         moments = [matrix.read(name).to(torch.float32, copy=copies) for name in names]
-        F.rotate_moments(group["base_optimizer"], moments, C, b2 / b1.square())
+        base_optimizers.rotate_moments(group["base_optimizer"], moments, C, b2 / b1.square())
         for use, (name, moment) in enumerate(zip(names, moments, strict=True)):
             seed = matrix.rounding_seed(use + OF_REFRESH) if rounds_state(group) else None
             matrix.write(name, moment, good, seed)

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from . import functional as F
 from . import int8, views, whole
+from .base_optimizers import MOMENTS
 from .codes import CODES, SCALE
 from .config import PACKED
 from .distributed import local, own_of_stack, sharded_like, shards_of
@@ -73,8 +74,8 @@ def has_basis(group: Mapping[str, Any], short: int) -> bool:
 
 
 def low_rank_moments(group: Mapping[str, Any]) -> dict[str, tuple[bool, bool]]:
-    """What there is of `functional.MOMENTS` in the state of a projected weight."""
-    return {} if is_whole(group) else F.MOMENTS[group["base_optimizer"]]
+    """What there is of `base_optimizers.MOMENTS` in the state of a projected weight."""
+    return {} if is_whole(group) else MOMENTS[group["base_optimizer"]]
 
 
 def state_dtype_of(state_dtype: str) -> torch.dtype:
@@ -256,7 +257,7 @@ def state_misfit(p: Any, state: Mapping[str, Any], group: Mapping[str, Any], els
             )
         shapes = {name: kept.shape for name, kept in kept_tensors(p.shape, group).items()}
     else:
-        shapes = {**dict.fromkeys(F.MOMENTS["adamw"], tuple(p.shape)), "step": ()}
+        shapes = {**dict.fromkeys(MOMENTS["adamw"], tuple(p.shape)), "step": ()}
     device = local(p.data).device
     for name, shape in shapes.items():
         value = state.get(name)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fira_hf import FiraAdamW, FiraConfig, codes, whole
+from fira_hf import FiraAdamW, FiraConfig, base_optimizers, codes, whole
 from fira_hf import functional as F
 from fira_hf.codes import BASIS, CODES, SECOND, value
 from reference import fira_step, gradients, spoiled, weight
@@ -120,7 +120,7 @@ def test_every_step_against_the_equations_from_the_state_that_was_kept(shape, ba
         expected, after, _ = fira_step(W, gradient, before, basis=basis, update_proj_gap=100, **settings)
         if base != "lion" or t:  # of the first signs some are of next to nothing
             assert (p.detach().double() - expected).norm() <= 1e-3 * (expected - W).norm(), t
-        for name in F.MOMENTS[base]:
+        for name in base_optimizers.MOMENTS[base]:
             found = value(optimizer.state[p], name)
             assert (found - after[name]).norm() <= 0.04 * after[name].norm(), name
 

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from conftest import launch
-from fira_hf import FiraAdamW, FiraConfig, views
-from fira_hf import functional as F
+from fira_hf import FiraAdamW, FiraConfig, base_optimizers, views
 from fira_hf.matrices import matrices_of
 from reference import fira_step, gradients, spoiled, weight
 
@@ -53,21 +52,21 @@ def test_singular_values_come_near_1_and_vectors_stay(condition, size):
     generator = torch.Generator().manual_seed(0)
     U, V = (torch.linalg.qr(torch.randn(n, 24, dtype=torch.float64, generator=generator)).Q for n in (90, 24))
     X = size * (U * torch.logspace(0, -math.log10(condition), 24, dtype=torch.float64)) @ V.T
-    a, b, c = F.NEWTON_SCHULZ
+    a, b, c = base_optimizers.NEWTON_SCHULZ
     exact = X / X.norm()
-    for _ in range(F.NEWTON_SCHULZ_STEPS):
+    for _ in range(base_optimizers.NEWTON_SCHULZ_STEPS):
         A = exact.T @ exact
         exact = a * exact + exact @ (b * A + c * A @ A)
-    (found,) = F.orthogonalized(X.float()[None])
+    (found,) = base_optimizers.orthogonalized(X.float()[None])
     assert (found.double() - exact).norm() <= 1e-3 * exact.norm()
     if condition <= 100:
         values = torch.linalg.svdvals(found)
         assert values.min() > 0.6 and values.max() < 1.25
-        (found,) = F.orthogonalized_in_bf16(X.float()[None])
+        (found,) = base_optimizers.orthogonalized_in_bf16(X.float()[None])
         assert (found.double() - exact).norm() <= 0.05 * exact.norm()
 
 
-@pytest.mark.parametrize("orthogonalized", [F.orthogonalized, F.orthogonalized_in_bf16])
+@pytest.mark.parametrize("orthogonalized", [base_optimizers.orthogonalized, base_optimizers.orthogonalized_in_bf16])
 def test_a_moment_of_low_rank_or_none_stays_finite(orthogonalized):
     left = torch.randn(2, 90, 3, generator=torch.Generator().manual_seed(0))
     found = orthogonalized(torch.cat([left @ torch.ones(2, 3, 8), torch.zeros(1, 90, 8)]))

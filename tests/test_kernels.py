@@ -11,7 +11,7 @@ import torch
 
 import fira_hf.matrices
 from conftest import ROOT, run_quietly
-from fira_hf import PUBLISHED, FiraAdamW, codes, whole
+from fira_hf import PUBLISHED, FiraAdamW, base_optimizers, codes, whole
 from fira_hf import functional as F
 from fira_hf.layerwise import step_in_backward
 from recipes.benchmarks import kernels as checks
@@ -219,7 +219,7 @@ def test_steps_are_those_of_the_torch_code(shape, settings, monkeypatch, kernels
 def test_codes_are_those_of_the_torch_code(base, r, kernels):
     """Decoded, updated and encoded in one pass, to the nearest; where one matrix is not active, it stays as it is."""
     generator = torch.Generator().manual_seed(0)
-    names, count, long = list(F.MOMENTS[base]), 3, 20
+    names, count, long = list(base_optimizers.MOMENTS[base]), 3, 20
     active = torch.tensor([True, False, True])
     stored = []
     for name in names:

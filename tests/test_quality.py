@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fira_hf import functional
+from fira_hf import base_optimizers
 from recipes import files, measure
 from recipes.benchmarks import peers, report
 from recipes.benchmarks.optimizers import build
@@ -206,7 +206,7 @@ def test_the_parts_of_a_candidates_update():
         optimizer = build("candidate", [p], 1.0, 4, 10, moment="full", residual=residual)
         optimizer.step()
         update, Q = (before - p.detach()) / (0.2 * math.sqrt(64)), optimizer.state[p]["basis"]
-        leading = functional.orthogonalized((G @ Q)[None])[0]
+        leading = base_optimizers.orthogonalized((G @ Q)[None])[0]
         assert (update @ Q - leading).norm() < 0.4 * leading.norm()
         rest, scaled = G - G @ Q @ Q.T, update - leading @ Q.T
         norms = scaled.norm(dim=dim)

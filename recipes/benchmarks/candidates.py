@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fira_hf.functional import orthogonalized
+from fira_hf.base_optimizers import orthogonalized
 from recipes.benchmarks.peers import TINY, Peer, decode, encode
 
 # The settings of a candidate; methods name those that differ.

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
-from fira_hf import PRESETS, FiraConfig, functional
+from fira_hf import PRESETS, FiraConfig, base_optimizers, functional
 from fira_hf.whole import Whole
 from recipes.benchmarks.models import SIZES, Size, matrices
 from recipes.benchmarks.optimizers import build
@@ -305,7 +305,7 @@ class Kernels:
         norms = [torch.empty(*R.shape[:2], 1) for _ in range(2)]
         self._launch([R, stored, more], stored, [N, norms])
         if base_optimizer == "muon":
-            N = functional.orthogonalized(N)
+            N = base_optimizers.orthogonalized(N)
             norms[1] = functional.row_norms(N)
         return N, norms[0], norms[1]
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fira_hf import FiraAdamW, views
+from fira_hf import FiraAdamW, base_optimizers, views
 from fira_hf import functional as F
 from fira_hf.subspace import leading_eigenvectors
 from recipes import files, measure
@@ -75,7 +75,7 @@ class AdaptiveFira(FiraAdamW):
         self.factors = [1.0] * len(self.matrices)  # of the learning rate, with `steps_alone`
         if together:
             settings["adjust_lr"] = "none"
-            lr *= F.rms_scale("adamw", 0, min(params[0].shape), rank)
+            lr *= base_optimizers.rms_scale("adamw", 0, min(params[0].shape), rank)
         own = [rank] * len(self.matrices)
         if isinstance(choose, dict):
             own = [choose[KINDS[i % len(KINDS)]] for i in range(len(self.matrices))]
