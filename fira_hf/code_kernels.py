@@ -18,11 +18,9 @@ from . import functional as F
 from .base_optimizers import orthogonalized
 from .codes import FIRST, SECOND, Code
 from .factors import are_aligned, table_of
-from .tiles import draws, moved, pointer
+from .tiles import GROUP, TINY, draws, moved, pointer
 from .whole import GROUP as WITH_ONE_SCALE
 
-GROUP = tl.constexpr(WITH_ONE_SCALE)
-TINY = tl.constexpr(F.TINY)
 ELEMENTS = 2**11  # of a program
 Moment = tuple[Sequence[Tensor], Sequence[Tensor]]  # codes and scales of each matrix
 

@@ -19,9 +19,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
-from .tiles import halves, rounded_by
+from .tiles import INTERPRETED, halves, rounded_by
 from .whole import Whole
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -64,9 +63,6 @@ def _factor_kernel(
         high, low = halves(x, DTYPE, INTERPRETED)
         tl.store(out, high, mask=written)
         tl.store(out + outer.to(tl.int64) * pitch, low, mask=written)
-
-
-INTERPRETED = isinstance(_factor_kernel, InterpretedFunction)
 
 
 def table_of(*columns: Sequence[Any]) -> Tensor:

@@ -13,12 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 from . import factors, int8
 from . import functional as F
 from .factors import DTYPES, are_aligned, table_of
-from .tiles import dot, draws, pointer, rounded_by
+from .tiles import INTERPRETED, dot, draws, pointer, rounded_by
 
 MOST, LEAST = tl.constexpr(float(int8.MOST)), tl.constexpr(float(int8.LEAST))
 
@@ -111,9 +110,6 @@ def _int8_update_kernel(
             code = tl.minimum(tl.maximum(code, -MOST), MOST)
             inside = is_row[:, None] & (j[None, :] < columns)
             tl.store(codes + own[:, None] * c_row + j[None, :], code.to(tl.int8), mask=inside)
-
-
-INTERPRETED = isinstance(_int8_update_kernel, InterpretedFunction)
 
 
 def apply_int8_updates(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 
 from . import functional as F
 from . import whole
@@ -23,6 +24,9 @@ def dot(a, b, acc, INTERPRETED: tl.constexpr):
     if INTERPRETED:  # Triton's interpreter multiplies the bits of bf16 as integers
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32))
     return tl.dot(a, b, acc)
+
+
+INTERPRETED = isinstance(dot, InterpretedFunction)
 
 
 @triton.jit

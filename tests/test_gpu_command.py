@@ -305,7 +305,7 @@ def test_every_kernel_can_be_launched_with_other_settings(one, monkeypatch):
 
     assert tune.run(ours, one, tune.TINY["tiny"], True, "cpu", 0.0)["milliseconds"] > 0
     launcher = tune.Launcher(getattr(ours, one.kernel), one.axes)
-    launcher.settings = {"BLOCK": 64} if "BLOCK" in one.values else {"BLOCK_L": 16}
+    launcher.settings = {"BLOCK_L": 16}
     if "BLOCK_S" in one.values:
         launcher.settings |= {"BLOCK_S": 16}
     monkeypatch.setattr(ours, one.kernel, launcher)

@@ -64,7 +64,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fira_hf import code_kernels, codes, factors, kernels
+from fira_hf import code_kernels, codes, dense_kernel, factors, kernels
 
 INTEGERS = ("long", "short", "rank", "size", "pitch", "q_part", "outer", "inner", "width", "column")
 POINTERS = {"table": "*i64", "active": "*i1", "finite": "*i1"}
@@ -119,7 +119,7 @@ for capability, dtype in itertools.product((80, 90), (tl.bfloat16, tl.float32)):
     compiled(kernels._project_kernel, capability, 4, stages, **ranges, **of_project | of_ranges)
     compiled(kernels._update_kernel, capability, 8, 2, **ranges, **of_update)
     compiled(kernels._direction_kernel, capability, 4, 3, DTYPE=dtype, **state)
-    compiled(kernels._adamw_kernel, capability, 4, 3, **dense)
+    compiled(dense_kernel._adamw_kernel, capability, 4, 3, **dense)
     compiled(factors._factor_kernel, capability, 4, 3, **tile, PARTS=parts, HAS_TABLE=True, **no_sum)
     compiled(factors._factor_kernel, capability, 4, 3, **tile, PARTS=1, HAS_TABLE=False, HAS_SCALE=True, HAS_R=True)
     for code in codes.CODES.values() if half else ():

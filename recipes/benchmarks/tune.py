@@ -57,9 +57,6 @@ KERNELS = (
         (("long", "BLOCK_L"),),
         {"BLOCK_L": (4, 8, 16, 32, 64), "num_warps": (2, 4, 8)},
     ),
-    Tuned(
-        "dense_adamw", "_adamw_kernel", (("size", "BLOCK"),), {"BLOCK": (512, 1024, 2048, 4096), "num_warps": WARPS}
-    ),
 )
 # long, short, rank and number of the matrices: the MLP's of 7B and of 1B
 SHAPES = {"7b": (11008, 4096, 128, 6), "1b": (5461, 2048, 256, 24)}
@@ -88,9 +85,9 @@ def call(kernels: Any, function: str, shape: tuple[int, int, int, int], wide: bo
     """A call of the function on bf16 matrices of the shape, wide ones as their tall views."""
     long, short, rank, count = shape
 
-    def matrices(dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    def matrices() -> list[torch.Tensor]:
         sides = (short, long) if wide else (long, short)
-        made = [(0.02 * torch.randn(sides, device=device)).to(dtype) for _ in range(count)]
+        made = [(0.02 * torch.randn(sides, device=device)).bfloat16() for _ in range(count)]
         return [one.t() for one in made] if wide else made
 
     def low_rank() -> torch.Tensor:
@@ -101,11 +98,6 @@ def call(kernels: Any, function: str, shape: tuple[int, int, int, int], wide: bo
         R, moments = low_rank(), [list(low_rank()), list(low_rank().square())]
         return lambda: kernels.direction("adamw", R, moments, BETAS, EPS, active)
     weights, grads = matrices(), matrices()
-    if function == "dense_adamw":
-        M, V, none = matrices(torch.float32), [of.square() for of in matrices(torch.float32)], [None] * count
-        counts = [torch.zeros((), device=device) for _ in range(count)]
-        settings = {"lr": 1e-6, "betas": BETAS, "eps": EPS, "weight_decay": 0.0}
-        return lambda: kernels.dense_adamw(weights, grads, M, V, counts, active[0], none, none, settings)
     bases = [torch.randn(rank, short, device=device).t() for _ in range(count)]
     if function == "project":
         return lambda: kernels.project(grads, bases)
