@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from . import views
-from .config import PACKED, PROJECTED_DEFAULTS, SHARED_DEFAULTS, check_update, normalised, unknown_name
+from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, unknown_name
 from .distributed import local
 from .int8 import is_int8
+from .rules import PACKED, check_update, normalised
 from .whole import GROUP
 
 ADAM_SETTINGS = ("lr", "betas", "eps", "weight_decay")

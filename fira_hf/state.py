@@ -16,8 +16,8 @@ from . import functional as F
 from . import int8, views, whole
 from .base_optimizers import MOMENTS
 from .codes import CODES, SCALE
-from .config import PACKED
 from .distributed import local, own_of_stack, sharded_like, shards_of
+from .rules import PACKED
 
 # What is rounded at random in a step, as `use` of a seed: 0 is the weight; then the moments by number, in the update
 # and in a change of basis before it.

@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,53 +19,19 @@ from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import OptimizerNames, ParallelMode
 
 from . import int8
-from .config import ALL_LINEAR, LAYERWISE, WORDS, FiraConfig, plain, unknown_name, with_preset, word_or_regex
+from .config import ALL_LINEAR, LAYERWISE, WORDS, FiraConfig, word_or_regex
 from .factory import build_optimizer
 from .layers import target_layers, weights
 from .layerwise import StepInBackward, step_in_backward
+from .optim_args import TRAINER_ARGS, parse_optim_args
 from .optimizer import FiraAdamW
+from .rules import plain
 from .targets import find_targets, other_than_linear, unmatched
 from .wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
 
 NAMES = ("fira", LAYERWISE)
-
-
-def _true_or_false(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError(text)
-    return text.lower() == "true"
-
-
-OPTIM_ARGS: dict[str, Callable[[str], Any]] = {
-    "rank": int,
-    "alpha": float,
-    "update_proj_gap": int,
-    "gamma": float,
-    "projection": str,
-    "refresh": str,
-    "moments": str,
-    "base_optimizer": str,
-    "scaling": str,
-    "residual": str,
-    "limiter": str,
-    "adjust_lr": str,
-    "correct_bias": _true_or_false,
-    "state_dtype": str,
-    "stochastic_rounding": _true_or_false,
-    "dense_lr": float,
-    "config": str,
-    "preset": str,
-}
-KINDS: dict[Any, str] = {int: "an integer", float: "a number", _true_or_false: "true or false"}
-# Settings that TrainingArguments carries already: FiraConfig's name -> theirs.
-TRAINER_ARGS = {
-    "lr": "learning_rate",
-    "betas": "adam_beta1 and adam_beta2",
-    "eps": "adam_epsilon",
-    "weight_decay": "weight_decay",
-}
 
 
 def optimizer_name(value: str) -> OptimizerNames:
@@ -368,61 +334,6 @@ def config_from_args(args: TrainingArguments, model: nn.Module) -> FiraConfig:
                 "different weights: set one of them."
             )
     return chosen
-
-
-def parse_optim_args(given: Any) -> dict[str, Any]:
-    """`"rank=128, alpha=0.25"`, a list of such texts, or a mapping -> typed settings.
-
-    `preset=NAME` stands for those of `fira_hf.config.PRESETS`. Values of a mapping that are no text are left to
-    `FiraConfig`.
-
-    Raises:
-        ValueError: an entry is not `key=value`, a key is unknown or given twice, or a value is not of its type.
-    """
-    settings: dict[str, Any] = {}
-    for name, value in _entries(given):
-        if name in TRAINER_ARGS:
-            raise ValueError(f"optim_args: set {name} by TrainingArguments' {TRAINER_ARGS[name]}, not here.")
-        if name == "target_modules":
-            raise ValueError("optim_args: set target_modules by TrainingArguments' optim_target_modules, not here.")
-        if name not in OPTIM_ARGS and name in FiraConfig.__dataclass_fields__:
-            raise ValueError(f"optim_args: {name} does not fit into one word: save a FiraConfig and say config=PATH.")
-        if name not in OPTIM_ARGS:
-            raise ValueError(f"optim_args={given!r}: {unknown_name('key', name, list(OPTIM_ARGS))}")
-        if name in settings:
-            raise ValueError(f"optim_args={given!r}: {name} is given twice.")
-        kind = OPTIM_ARGS[name]
-        try:
-            is_none = str(value).lower() == "none" and name in ("gamma", "dense_lr")
-            is_typed = kind is not str and not isinstance(value, str)
-            settings[name] = None if is_none else value if is_typed else kind(value)
-        except ValueError:
-            raise ValueError(f"optim_args={given!r}: {name}={value!r} is not {KINDS[kind]}.") from None
-    found = with_preset(settings, f"optim_args={given!r}")
-    if "preset" in settings and "config" in settings:
-        raise ValueError(
-            f"optim_args={given!r}: preset and config exclude each other: write the preset into the file."
-        )
-    return found
-
-
-def _entries(given: Any) -> Iterator[tuple[str, Any]]:
-    """Key and value of each entry of `optim_args`, as given."""
-    if isinstance(given, Mapping):
-        yield from ((str(name), value) for name, value in given.items())
-        return
-    texts = [given or ""] if given is None or isinstance(given, str) else given
-    if not isinstance(texts, Sequence):
-        raise ValueError(
-            f"optim_args={given!r} is not valid: it must be text such as 'rank=128, alpha=0.25', a list of such "
-            "texts, or a mapping."
-        )
-    for text in texts:
-        for entry in str(text).split(",") if str(text).strip() else []:
-            name, equals, value = (part.strip() for part in entry.partition("="))
-            if not (name and equals and value):
-                raise ValueError(f"optim_args={given!r}: {entry.strip()!r} is not of the form key=value.")
-            yield name, value
 
 
 def _trainer_targets(model: nn.Module, targets: Any) -> str:

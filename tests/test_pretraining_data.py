@@ -12,8 +12,8 @@ from transformers import LlamaConfig
 
 from fira_hf import FiraConfig
 from fira_hf.meta_models import build_on_meta
+from fira_hf.optim_args import parse_optim_args
 from fira_hf.targets import find_targets
-from fira_hf.trainer import parse_optim_args
 from pretraining_tiny import sentences, stopped_after_8_steps, write_config, write_preset, write_text
 from recipes import files
 from recipes.pretraining import data, train
