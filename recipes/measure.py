@@ -38,7 +38,7 @@ def provenance(seed: int, command: list[str], device: torch.device | str | None 
         "device": torch.cuda.get_device_name() if _is_gpu(device) else _cpu(),
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "cpu_threads": torch.get_num_threads(),  # of each process
-        "platform": platform.platform(),
+        "platform": f"{platform.system()}, {platform.machine()}",
         "seed": seed,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(os.path.relpath(word) if os.path.isabs(word) else word for word in command),
