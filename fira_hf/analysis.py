@@ -17,7 +17,6 @@ import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -134,31 +133,3 @@ def sample_rows(name: str, long: int, count: int) -> Tensor:
         return torch.arange(long)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     return torch.randperm(long, generator=generator)[:count].sort().values
-
-
-def similarity(low_rank: np.ndarray, full_rank: np.ndarray) -> dict[str, float]:
-    """How alike the scaling factors of two runs are, (n,) each, after averaging over time.
-
-    cosine; mse, of the two vectors divided by their norms, 2 (1 - cosine) / n, as which the published figures agree
-    with each other to their one digit; pearson; spearman; kendall (tau-b). cosine_shuffled: the cosine to be expected
-    of the same values in random order, which is far from 0, since factors are positive. n: pairs of two finite values.
-
-    Raises:
-        ValueError: fewer than two such pairs.
-    """
-    from scipy import stats
-
-    known = np.isfinite(low_rank) & np.isfinite(full_rank)
-    low, full = (np.asarray(values, dtype=np.float64)[known] for values in (low_rank, full_rank))
-    if len(low) < 2:
-        raise ValueError(f"{len(low)} scaling factors are known of both runs; similarity needs at least 2.")
-    low, full = (values / np.linalg.norm(values) for values in (low, full))
-    return {
-        "cosine": float(low @ full),
-        "mse": float(np.mean((low - full) ** 2)),
-        "pearson": float(stats.pearsonr(low, full).statistic),
-        "spearman": float(stats.spearmanr(low, full).statistic),
-        "kendall": float(stats.kendalltau(low, full).statistic),
-        "cosine_shuffled": float(len(low) * low.mean() * full.mean()),
-        "n": len(low),
-    }

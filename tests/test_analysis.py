@@ -13,8 +13,9 @@ from transformers import TrainerCallback
 
 from conftest import build_llama, build_mixtral, launch
 from fira_hf import PUBLISHED, FiraAdamW, FiraConfig, get_fira_optimizer
-from fira_hf.analysis import measure, sample_rows, similarity
+from fira_hf.analysis import measure, sample_rows
 from fira_hf.callbacks import AnalysisCallback, read_record
+from recipes.pretraining.similarity import similarity
 from reference import fira_step, gradients, weight
 
 SHAPES = [(24, 10), (10, 24), (12, 12)]

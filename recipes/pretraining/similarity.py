@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
-from fira_hf.analysis import similarity
 from fira_hf.callbacks import SAMPLED, Record, read_record
 from recipes import errors, files, report, rundir
 
@@ -103,6 +103,32 @@ def mean(values: np.ndarray) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
         return np.nanmean(values, axis=0, dtype=np.float64)
+
+
+def similarity(low_rank: np.ndarray, full_rank: np.ndarray) -> dict[str, float]:
+    """How alike the scaling factors of two runs are, (n,) each, after averaging over time.
+
+    cosine; mse, of the two vectors divided by their norms, 2 (1 - cosine) / n, as which the published figures agree
+    with each other to their one digit; pearson; spearman; kendall (tau-b). cosine_shuffled: the cosine to be expected
+    of the same values in random order, which is far from 0, since factors are positive. n: pairs of two finite values.
+
+    Raises:
+        ValueError: fewer than two such pairs.
+    """
+    known = np.isfinite(low_rank) & np.isfinite(full_rank)
+    low, full = (np.asarray(values, dtype=np.float64)[known] for values in (low_rank, full_rank))
+    if len(low) < 2:
+        raise ValueError(f"{len(low)} scaling factors are known of both runs; similarity needs at least 2.")
+    low, full = (values / np.linalg.norm(values) for values in (low, full))
+    return {
+        "cosine": float(low @ full),
+        "mse": float(np.mean((low - full) ** 2)),
+        "pearson": float(stats.pearsonr(low, full).statistic),
+        "spearman": float(stats.spearmanr(low, full).statistic),
+        "kendall": float(stats.kendalltau(low, full).statistic),
+        "cosine_shuffled": float(len(low) * low.mean() * full.mean()),
+        "n": len(low),
+    }
 
 
 def compare(low: Run, full: Run) -> dict[str, Any]:
