@@ -81,7 +81,8 @@ def measure(p: Tensor, state: Mapping[str, Any], group: Mapping[str, Any], trans
         transposed: stored (in, out), which the group of a projected weight says itself.
 
     Raises:
-        ValueError: the weight is sharded, or stacks or fuses several matrices, or its base optimizer is not AdamW.
+        ValueError: the weight is sharded, or stacks or fuses several matrices, its base optimizer is not AdamW, or
+            its subspace is a block of columns.
         RuntimeError: its gradient is gone.
     """
     check_matrix(p, group)

@@ -30,7 +30,7 @@ OF_TARGET = ("rank", "alpha", "split", "transposed", "convolution")
 
 
 def get_fira_optimizer(model: nn.Module, config: FiraConfig | None = None) -> FiraAdamW:
-    """The optimizer for all trainable weights of the model.
+    """The optimizer for all trainable weights of the model; without a config by the defaults of `FiraConfig`.
 
     Weight decay spares what the Trainer spares: biases and normalisation layers. The optimizer's `summary` says what
     is projected, what is not and why. The processes of a model in `DistributedDataParallel` share the work of finding

@@ -61,9 +61,9 @@ def estimate_memory(
         accumulates: gradients of earlier micro-batches are there during forward and backward.
 
     Raises:
-        ValueError: only one of batch size and sequence length is given, the config does not fit the model, there is
-            no such optimizer, it cannot project convolutions, or activations cannot be predicted: they depend on
-            the data, or the model takes no tokens.
+        ValueError: only one of batch size and sequence length is given, or one is below 1, the config does not fit
+            the model, there is no such optimizer, it cannot project convolutions, or activations cannot be predicted:
+            they depend on the data, or the model takes no tokens.
     """
     _check_batch(batch_size, sequence_length)
     optimizer = optimizer or ("adamw" if config is None else "fira")
@@ -220,7 +220,8 @@ def predict_memory(
             layers by torchao's quantised training, the rest bfloat16.
 
     Raises:
-        ValueError: as `estimate_memory`; there is no such method, or the model is no causal language model.
+        ValueError: as `estimate_memory`; there is no such method, the model is no causal language model, or
+            `lora_rank` is below 1.
         ImportError: dtype is "int8", and torchao is not installed.
     """
     _check_batch(batch_size, sequence_length)

@@ -93,7 +93,7 @@ class FiraAdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: a setting is unknown or not valid, a parameter is not of fp32, bf16 or fp16, or one of a projected
-            group is not a matrix.
+            group is no matrix, no stack of matrices and, with `convolution`, no weight of one.
     """
 
     def __init__(

@@ -133,7 +133,7 @@ class Whole:
 
 
 def _blocks(G: Tensor) -> Iterator[slice]:
-    """Rows that are taken together: about `functional.BLOCK` elements, in whole groups; on an accelerator all."""
+    """Rows that are taken together: about `BLOCK` elements, in whole groups; on an accelerator all."""
     long, short = G.shape
     size = long if G.device.type != "cpu" else max(1, BLOCK // max(1, short) // GROUP) * GROUP
     for start in range(0, long, max(1, size)):

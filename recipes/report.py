@@ -132,8 +132,8 @@ def where(runs: list[dict[str, Any]]) -> str:
 
 
 def _processes(runs: list[dict[str, Any]]) -> str:
-    """ "2 processes of ", or nothing if there was one, as in results that do not say how many there were."""
-    counts = sorted({run["provenance"].get("processes", 1) for run in runs})
+    """ "2 processes of ", or nothing if there was one."""
+    counts = sorted({run["provenance"]["processes"] for run in runs})
     return "" if counts == [1] else f"{'/'.join(map(str, counts))} processes of "
 
 
