@@ -136,14 +136,6 @@ def test_resume_in_a_fresh_process_is_bit_equal(tmp_path):
         assert_equal_bits(parameters(trainer.model), torch.load(tmp_path / f"{kind}.pt", weights_only=True))
 
 
-def test_the_state_of_bf16_weights_stays_fp32(tmp_path):
-    build_trainer(tmp_path, "bf16").train()
-    resumed = build_trainer(tmp_path, "bf16", max_steps=STOP + 1)
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
-    tensors = [value for state in states(resumed) for value in state.values() if torch.is_tensor(value)]
-    assert {value.dtype for value in tensors} == {torch.float32}
-
-
 def test_the_optimizer_file_holds_tensors_and_plain_numbers_only(tmp_path):
     build_trainer(tmp_path).train()
     content = torch.load(tmp_path / f"checkpoint-{STOP}" / "optimizer.pt", weights_only=True)

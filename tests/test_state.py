@@ -84,20 +84,6 @@ def test_resume_is_bit_equal(steps, dtype):
     assert_equal(optimizer, params, resumed, others)
 
 
-def test_state_of_a_bf16_weight_is_not_rounded():
-    params = parameters(torch.bfloat16)
-    optimizer = make(params)
-    train(optimizer, params, 7)
-    others = clones(params)
-    resumed = make(others)
-    resumed.load_state_dict(through_disk(optimizer))
-    for p in others:
-        for name, value in resumed.state[p].items():
-            if torch.is_tensor(value) and value.ndim:
-                assert value.dtype == torch.float32, name
-                assert not torch.equal(value, value.bfloat16().float()), name
-
-
 def test_loaded_state_is_a_copy():
     params = parameters()
     optimizer = make(params)
