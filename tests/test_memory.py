@@ -39,7 +39,6 @@ def test_the_peak_of_a_step_is_predicted_within_five_percent(wrap, checkpointing
             one.enable_input_require_grads()
     batch = {"batch_size": 4, "sequence_length": 128, "accumulates": accumulates}
     estimate = estimate_memory(on_meta, FiraConfig(rank=4), **batch)
-    assert not on_meta.training or model.training
 
     tokens = torch.zeros(4, 128, dtype=torch.long)
     model.train()

@@ -181,12 +181,11 @@ def test_resume_with_the_saved_config(tmp_path):
 def test_a_checkpoint_of_another_setting_is_refused(tmp_path, changed, words):
     build_trainer(tmp_path, max_steps=STOP).train()
     resumed = build_trainer(tmp_path, **changed)
-    before = parameters(resumed.model)
     with pytest.raises(ValueError) as refused:
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
     message = str(refused.value)
     assert "checkpoint" in message and all(word in message for word in words)
-    assert before.keys() == parameters(resumed.model).keys() and resumed.state.global_step <= STOP
+    assert resumed.state.global_step <= STOP
 
 
 def test_a_checkpoint_of_adamw_is_refused(tmp_path):
