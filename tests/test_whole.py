@@ -355,11 +355,13 @@ dist.init_process_group("gloo")
 world = dist.get_world_size()
 mesh = init_device_mesh("cpu", (world,))
 of_moment = {"base_optimizer": "muon", "residual": "moment"}
-for settings in (
-    {**of_moment, "rank": 4, "state_dtype": "float32"},
-    {**of_moment, "rank": 4, "state_dtype": "int4"},
-    {**of_moment, "rank": 99, "state_dtype": "float32"},
-    {"rank": 4, "state_dtype": "int8"},  # low-rank moments in codes: see test_codes.py
+for tolerance, settings in (
+    (1e-3, {**of_moment, "rank": 4, "state_dtype": "float32"}),
+    (0.5, {**of_moment, "rank": 4, "state_dtype": "int4"}),
+    (1e-3, {**of_moment, "rank": 99, "state_dtype": "float32"}),
+    (0.1, {"rank": 4, "state_dtype": "int8"}),  # low-rank moments in codes: see test_codes.py
+    (1e-4, {"rank": 4, "projection": "columns"}),  # a block of columns may lie on two processes: see test_columns.py
+    (1e-4, {"rank": 4, "projection": "columns", "base_optimizer": "muon"}),
 ):
     for shape in ((26, 10), (10, 26), (90, 70), (70, 90), (12, 12), (5, 20, 12)):
         torch.manual_seed(0)
@@ -374,7 +376,7 @@ for settings in (
             part.grad = distribute_tensor(single.grad.clone(), mesh, [Shard(0)])
             a.step(), b.step()
         error = (part.full_tensor() - single).norm() / (single - start).norm()
-        assert error <= {"float32": 1e-3, "int8": 0.1, "int4": 0.5}[settings["state_dtype"]], (settings, shape, error)
+        assert error <= tolerance, (settings, shape, error)
         for name, value in b.state[part].items():
             if torch.is_tensor(value) and name.startswith("exp_avg"):
                 assert value.full_tensor().shape == a.state[single][name].shape, name
