@@ -10,8 +10,9 @@ from torch import nn
 from fira_hf import FiraAdamW, FiraConfig, codes, whole
 from fira_hf import functional as F
 from fira_hf.codes import BASIS, CODES, SECOND, value
+from recipes.benchmarks.models import Pretended
 from reference import fira_step, gradients, spoiled, weight
-from test_accelerator import Pretended, no_reads
+from test_accelerator import no_reads
 
 BASES = ["adamw", "lion", "adafactor", "muon"]
 of_bases = pytest.mark.parametrize("base", BASES)

@@ -15,8 +15,9 @@ from fira_hf import PUBLISHED, FiraAdamW, codes, whole
 from fira_hf import functional as F
 from fira_hf.layerwise import step_in_backward
 from recipes.benchmarks import kernels as checks
+from recipes.benchmarks.models import Pretended
 from reference import gradients, weight
-from test_accelerator import Pretended, no_reads
+from test_accelerator import no_reads
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed; on this platform it may have no wheel"
