@@ -1,9 +1,11 @@
-"""One Fira step as the equations say it: slow, with full-size temporaries, one line per equation.
+"""What tests compare with: a step as the equations say it, gradients to give it, and a run that did not stop.
 
-Letters: W weight, G gradient, Q basis (short x r), R = G Q, N the direction of the base optimizer in the
-subspace, S the scaled residual. Rows are the long side: a matrix with rows < columns is transposed, in and out.
+The step is slow, with full-size temporaries, one line per equation. Letters: W weight, G gradient, Q basis
+(short x r), R = G Q, N the direction of the base optimizer in the subspace, S the scaled residual. Rows are the long
+side: a matrix with rows < columns is transposed, in and out.
 """
 
+import io
 import math
 
 import torch
@@ -171,3 +173,46 @@ def spoiled(gradient, bad):
         return gradient.zero_()
     gradient[3, 7] = bad
     return gradient
+
+
+def assert_resumes(make, params, grads, stop):
+    """A run that was saved after `stop` of its steps and loaded goes on in the same bits as one that did not stop.
+
+    make(params) is the optimizer; grads, for each step, the gradients of all weights. Returns the resumed optimizer.
+    """
+
+    def train(optimizer, weights, steps):
+        for gradients_of_step in steps:
+            for p, gradient in zip(weights, gradients_of_step, strict=True):
+                p.grad = None if gradient is None else gradient.to(p.dtype, copy=True)
+            optimizer.step()
+
+    optimizer = make(params)
+    train(optimizer, params, grads[:stop])
+    file = io.BytesIO()
+    torch.save({"weights": [p.detach() for p in params], "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    others = [torch.nn.Parameter(p) for p in saved["weights"]]
+    resumed = make(others)
+    resumed.load_state_dict(saved["optimizer"])
+    for p, other in zip(params, others, strict=True):
+        other.__class__ = p.__class__  # not before: torch loads a state to where a weight says it is
+    assert_same_run(optimizer, params, resumed, others)
+    train(optimizer, params, grads[stop:])
+    train(resumed, others, grads[stop:])
+    assert_same_run(optimizer, params, resumed, others)
+    return resumed
+
+
+def assert_same_run(optimizer, params, other, others):
+    """The weights of two optimizers and all that they keep for them, bit for bit."""
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p, q)
+        state, held = optimizer.state.get(p, {}), other.state.get(q, {})
+        assert state.keys() == held.keys()
+        for name, value in state.items():
+            if torch.is_tensor(value):
+                assert value.dtype == held[name].dtype and torch.equal(value, held[name]), name
+            else:
+                assert value == held[name], name

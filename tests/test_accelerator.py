@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fira_hf import PUBLISHED, FiraAdamW
+from recipes.benchmarks.models import Pretended
 from reference import gradients, spoiled, weight
 
 SHAPES = [(40, 24), (24, 40)]
@@ -20,12 +21,6 @@ SETTINGS += [{"base_optimizer": "lion"}, {"base_optimizer": "adafactor"}]
 SETTINGS += [{"base_optimizer": "muon", "projection": "columns", "moments": "rotated"}]
 WHOLE = {"base_optimizer": "muon", "residual": "moment", "projection": "power", "moments": "rotated"}
 SETTINGS += [WHOLE, {**WHOLE, "state_dtype": "int4"}, {"state_dtype": "int8"}]
-
-
-class Pretended(torch.nn.Parameter):
-    """A parameter on the CPU that says it is on an accelerator."""
-
-    device = property(lambda self: torch.device("cuda"))
 
 
 class Reads(TorchDispatchMode):

@@ -1,6 +1,5 @@
 """state_dtype="int8": low-rank moments and bases as codes, for every base optimizer."""
 
-import io
 import math
 
 import pytest
@@ -10,8 +9,9 @@ from torch import nn
 from fira_hf import FiraAdamW, FiraConfig, base_optimizers, codes, whole
 from fira_hf import functional as F
 from fira_hf.codes import BASIS, CODES, SECOND, value
-from reference import fira_step, gradients, spoiled, weight
-from test_accelerator import Pretended, no_reads
+from recipes.benchmarks.models import Pretended
+from reference import assert_resumes, fira_step, gradients, spoiled, weight
+from test_accelerator import no_reads
 
 BASES = ["adamw", "lion", "adafactor", "muon"]
 of_bases = pytest.mark.parametrize("base", BASES)
@@ -227,21 +227,7 @@ def test_a_bad_gradient_leaves_every_code_and_nothing_is_read_by_the_host(bad, d
 def test_a_resumed_run_ends_in_the_same_bits(shape, settings, dtype):
     sequence = [gradient.view(shape) for gradient in gradients((math.prod(shape[:-1]), shape[-1]), 14)]
     p = nn.Parameter(torch.ones(shape, dtype=dtype))
-    optimizer = optimizer_of(p, **settings)
-    train(optimizer, p, sequence[:7])
-    buffer = io.BytesIO()
-    torch.save({"weight": p.detach(), "optimizer": optimizer.state_dict()}, buffer)
-    train(optimizer, p, sequence[7:])
-    buffer.seek(0)
-    saved = torch.load(buffer, weights_only=True)
-    q = nn.Parameter(saved["weight"])
-    resumed = optimizer_of(q, **settings)
-    resumed.load_state_dict(saved["optimizer"])
-    train(resumed, q, sequence[7:])
-    assert torch.equal(p, q)
-    for name, tensor in tensors(optimizer.state[p]).items():
-        other = resumed.state[q][name]
-        assert torch.equal(tensor, other) and tensor.dtype == other.dtype, name
+    assert_resumes(lambda params: optimizer_of(*params, **settings), [p], [[grad] for grad in sequence], stop=7)
 
 
 def test_a_checkpoint_of_another_dtype_is_refused():

@@ -6,7 +6,6 @@ import re
 import pytest
 import torch
 
-from conftest import launch
 from fira_hf import FiraAdamW, FiraConfig, base_optimizers, views
 from fira_hf.matrices import matrices_of
 from reference import fira_step, gradients, spoiled, weight
@@ -250,41 +249,6 @@ def test_a_checkpoint_of_another_subspace_is_refused():
     for one, another in ((saved, other), (other, saved)):
         with pytest.raises(ValueError, match=re.escape("projection=")):
             one.load_state_dict(another.state_dict())
-
-
-# --------------------------------------------------------------------------- several processes
-
-SHARDED = """
-import sys
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
-from fira_hf import FiraAdamW
-
-dist.init_process_group("gloo")
-mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-for base in ("adamw", "muon"):
-    for shape in ((26, 10), (10, 26), (12, 12)):
-        torch.manual_seed(0)
-        whole = torch.nn.Parameter(torch.randn(shape))
-        part = torch.nn.Parameter(distribute_tensor(whole.detach().clone(), mesh, [Shard(0)]))
-        group = {"rank": 4, "update_proj_gap": 3, "projection": "columns", "base_optimizer": base}
-        start = whole.detach().clone()
-        a, b = (FiraAdamW([{"params": [p], **group}], lr=1e-2) for p in (whole, part))
-        for step in range(14):
-            whole.grad = torch.randn(shape)
-            part.grad = distribute_tensor(whole.grad.clone(), mesh, [Shard(0)])
-            a.step(), b.step()
-        error = (part.full_tensor() - whole).norm() / (whole - start).norm()
-        assert error <= 1e-4, (base, shape, error)
-"""
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-def test_sharded_weights_move_as_whole_ones(processes, tmp_path):
-    """Also where a block of columns lies on two processes."""
-    launch(SHARDED, tmp_path, processes)
 
 
 def test_the_default_device_of_torch_decides_nothing():

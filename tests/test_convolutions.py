@@ -17,8 +17,8 @@ from fira_hf.matrices import matrices_of
 from fira_hf.memory import estimate_memory, predict_memory
 from fira_hf.targets import find_targets
 from fira_hf.whole import decode
+from recipes.benchmarks.models import Pretended
 from reference import gradients, weight
-from test_accelerator import Pretended
 from test_experts import SETTINGS
 
 # What it is like as a matrix -> shape of the weight.

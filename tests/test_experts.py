@@ -4,7 +4,6 @@ the basis where a matrix is stored the other way round."""
 from __future__ import annotations
 
 import copy
-import io
 import math
 
 import pytest
@@ -16,7 +15,7 @@ import fira_hf.matrices
 import fira_hf.refresh
 import fira_hf.state
 from fira_hf import PUBLISHED, FiraAdamW, FiraConfig, get_fira_optimizer
-from reference import gradients, weight
+from reference import assert_resumes, gradients, weight
 
 SHAPES = {"tall": (40, 24), "wide": (24, 40), "square": (24, 24)}
 EXPERTS = 3
@@ -190,27 +189,7 @@ def test_resuming_in_mid_interval_ends_in_the_same_bits(settings, dtype):
     for t, grad in enumerate(grads):
         grad[1] *= t >= 2
         grad[2] *= t > stop
-
-    def train(optimizer, p, steps):
-        for t in steps:
-            p.grad = grads[t].clone()
-            optimizer.step()
-
-    optimizer = optimizer_of([stack], **settings)
-    train(optimizer, stack, range(stop))
-    buffer = io.BytesIO()
-    torch.save({"weight": stack.detach(), "optimizer": optimizer.state_dict()}, buffer)
-    train(optimizer, stack, range(stop, STEPS))
-    buffer.seek(0)
-    saved = torch.load(buffer, weights_only=True)
-    resumed = nn.Parameter(saved["weight"])
-    other = optimizer_of([resumed], **settings)
-    other.load_state_dict(saved["optimizer"])
-    train(other, resumed, range(stop, STEPS))
-    assert torch.equal(resumed, stack)
-    for name, value in optimizer.state[stack].items():
-        held = other.state[resumed][name]
-        assert torch.equal(held, value) and held.dtype == value.dtype if torch.is_tensor(value) else held == value
+    assert_resumes(lambda params: optimizer_of(params, **settings), [stack], [[grad] for grad in grads], stop)
 
 
 def test_a_checkpoint_of_other_experts_or_other_parts_is_refused():

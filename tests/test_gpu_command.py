@@ -16,6 +16,7 @@ import torch
 import forks
 from fira_hf import FiraAdamW, functional
 from recipes.benchmarks import gpu, kernels, tune
+from recipes.benchmarks.models import pretended
 from recipes.benchmarks.optimizers import BUILDERS
 
 ROOT = Path(__file__).parents[1]
@@ -317,7 +318,8 @@ def test_every_kernel_can_be_launched_with_other_settings(one, monkeypatch):
 
 
 def test_what_takes_the_accelerators_branch_is_stepped():
-    p = gpu.Pretended(torch.randn(24, 16))
-    p.grad, before = torch.randn(24, 16), p.detach().clone()
+    plain = torch.nn.Parameter(torch.randn(24, 16))
+    plain.grad, before = torch.randn(24, 16), plain.detach().clone()
+    p = pretended(plain)
     FiraAdamW([{"params": [p], "rank": 4}], lr=0.1).step()
     assert not torch.equal(p.detach(), before) and "fira_hf-dense" in BUILDERS

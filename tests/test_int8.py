@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import gc
 import importlib.util
 import sys
 
@@ -15,9 +14,9 @@ from fira_hf import FiraAdamW, FiraConfig, functional, get_fira_optimizer, int8
 from fira_hf.layerwise import step_in_backward
 from fira_hf.memory import predict_memory
 from fira_hf.meta_models import switch_on_checkpointing
-from recipes import measure
 from recipes.benchmarks.memory import allocations, peak
 from test_accelerator import no_reads
+from test_memory import assert_step_is_as_predicted
 
 torchao = pytest.importorskip("torchao.prototype.quantized_training")
 SHAPES = [(96, 40), (40, 96), (48, 48)]
@@ -251,19 +250,8 @@ def test_the_peak_of_a_step_is_predicted_within_five_percent(monkeypatch):
     switch_on_checkpointing(model)
     optimizer = get_fira_optimizer(model, FiraConfig(rank=8, state_dtype="bfloat16"))
     step_in_backward(optimizer)
-    tokens = torch.zeros(1, 64, dtype=torch.long)
-
-    def step():
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step(), step()
-    gc.collect()
     weights = sum(part.nbytes for p in model.parameters() for part in int8.stored(p.detach()))
-    state = measure.state_bytes(optimizer)
-    assert (estimate.weights, estimate.optimizer_state) == (weights, state)
-    assert estimate.total == pytest.approx(weights + state + peak(allocations(step)), rel=0.05)
+    assert_step_is_as_predicted(estimate, model, optimizer, weights, (1, 64))
 
 
 def test_methods_that_train_no_int8_weights_are_refused():

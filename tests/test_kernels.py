@@ -15,8 +15,9 @@ from fira_hf import PUBLISHED, FiraAdamW, base_optimizers, codes, whole
 from fira_hf import functional as F
 from fira_hf.layerwise import step_in_backward
 from recipes.benchmarks import kernels as checks
-from reference import gradients, weight
-from test_accelerator import Pretended, no_reads
+from recipes.benchmarks.models import Pretended
+from reference import assert_resumes, gradients, weight
+from test_accelerator import no_reads
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed; on this platform it may have no wheel"
@@ -323,23 +324,8 @@ def test_the_published_package(shape, kernels):
 )
 def test_resume_is_bit_equal(settings, kernels):
     """From a checkpoint in the middle of an interval, what is drawn at random included."""
-    sequence = gradients((70, 40), 12)
-    p = pretended(weight((70, 40), dtype=torch.bfloat16))
-    optimizer = optimizer_of(p, **settings)
-    for gradient in sequence[:6]:
-        step(optimizer, (p, gradient))
-    saved, other = copy.deepcopy(optimizer.state_dict()), pretended(p)
-    resumed = optimizer_of(other, **settings)
-    other.__class__ = torch.nn.Parameter  # torch loads a state to where a weight says it is
-    resumed.load_state_dict(saved)
-    other.__class__ = Pretended
-    for gradient in sequence[6:]:
-        step(optimizer, (p, gradient))
-        step(resumed, (other, gradient))
-    assert torch.equal(p, other)
-    for name, value in optimizer.state[p].items():
-        if torch.is_tensor(value):
-            assert torch.equal(value, resumed.state[other][name]), name
+    p, grads = pretended(weight((70, 40), dtype=torch.bfloat16)), [[gradient] for gradient in gradients((70, 40), 12)]
+    assert_resumes(lambda params: optimizer_of(*params, **settings), [p], grads, stop=6)
 
 
 @pytest.mark.parametrize("projection", ["power", "random"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 
 import pytest
@@ -14,8 +13,8 @@ from conftest import build_llama, trainer_settings
 from fira_hf import FiraConfig, get_fira_optimizer
 from fira_hf.memory import estimate_memory, predict_memory
 from fira_hf.targets import find_targets
-from recipes import measure, models
-from recipes.benchmarks.memory import allocations, peak
+from recipes import models
+from test_memory import assert_step_is_as_predicted
 
 if importlib.util.find_spec("bitsandbytes") is None:
     pytest.skip("needs bitsandbytes", allow_module_level=True)
@@ -84,24 +83,14 @@ def test_memory_is_predicted_from_shapes(method, checkpointing, dtype, tmp_path)
     model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")).train()
     shape = {"batch_size": 4, "sequence_length": 64, "gradient_checkpointing": checkpointing}
     predicted = predict_memory(model.config, [method], 8, dtype=dtype, **shape)[method]
-    tokens = torch.zeros(4, 64, dtype=torch.long)
     if method == "qlora":
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     else:
         optimizer = get_fira_optimizer(model, FiraConfig(rank=8))
 
-    def step():
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step(), step()
-    gc.collect()
     weights = sum(p.nbytes + quantisation_bytes(getattr(p, "quant_state", None)) for p in model.parameters())
-    state = measure.state_bytes(optimizer)
-    assert (predicted.weights, predicted.optimizer_state) == (weights, state)
     assert estimate_memory(model, FiraConfig(rank=8)).weights == weights
-    assert predicted.total == pytest.approx(weights + state + peak(allocations(step)), rel=0.05)
+    assert_step_is_as_predicted(predicted, model, optimizer, weights, (4, 64))
 
 
 def quantisation_bytes(state) -> int:

@@ -136,14 +136,6 @@ def test_resume_in_a_fresh_process_is_bit_equal(tmp_path):
         assert_equal_bits(parameters(trainer.model), torch.load(tmp_path / f"{kind}.pt", weights_only=True))
 
 
-def test_the_state_of_bf16_weights_stays_fp32(tmp_path):
-    build_trainer(tmp_path, "bf16").train()
-    resumed = build_trainer(tmp_path, "bf16", max_steps=STOP + 1)
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
-    tensors = [value for state in states(resumed) for value in state.values() if torch.is_tensor(value)]
-    assert {value.dtype for value in tensors} == {torch.float32}
-
-
 def test_the_optimizer_file_holds_tensors_and_plain_numbers_only(tmp_path):
     build_trainer(tmp_path).train()
     content = torch.load(tmp_path / f"checkpoint-{STOP}" / "optimizer.pt", weights_only=True)
@@ -189,12 +181,11 @@ def test_resume_with_the_saved_config(tmp_path):
 def test_a_checkpoint_of_another_setting_is_refused(tmp_path, changed, words):
     build_trainer(tmp_path, max_steps=STOP).train()
     resumed = build_trainer(tmp_path, **changed)
-    before = parameters(resumed.model)
     with pytest.raises(ValueError) as refused:
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
     message = str(refused.value)
     assert "checkpoint" in message and all(word in message for word in words)
-    assert before.keys() == parameters(resumed.model).keys() and resumed.state.global_step <= STOP
+    assert resumed.state.global_step <= STOP
 
 
 def test_a_checkpoint_of_adamw_is_refused(tmp_path):

@@ -16,6 +16,7 @@ from torch import nn
 
 from conftest import ROOT
 from fira_hf import FiraAdamW
+from recipes.benchmarks.models import Pretended
 
 SEQUENCES, LENGTH = 200, 14
 SETTINGS = [
@@ -31,12 +32,6 @@ SETTINGS += [
     {"refresh": "together", "moments": "aligned"},
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-class Elsewhere(nn.Parameter):
-    """A weight that says it is on an accelerator, for which a step takes another branch."""
-
-    device = property(lambda self: torch.device("cuda"))
 
 
 class Sequence:
@@ -173,7 +168,7 @@ class Sequence:
 
     def rename_device(self):
         p = self.one()
-        p.__class__ = nn.Parameter if type(p) is Elsewhere else Elsewhere
+        p.__class__ = nn.Parameter if type(p) is Pretended else Pretended
 
     def to_meta(self):
         p = self.one()
@@ -187,7 +182,7 @@ class Sequence:
         self.saved = file
 
     def load(self):
-        if self.saved is None or any(type(p) is Elsewhere for p in self.weights.values()):
+        if self.saved is None or any(type(p) is Pretended for p in self.weights.values()):
             return  # torch itself moves what it loads to where the weight says it is
         self.saved.seek(0)
         saved = torch.load(self.saved, weights_only=True)

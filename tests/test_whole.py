@@ -1,6 +1,5 @@
 """residual="moment": a first moment of the weight's size in fp32, bf16 or codes, and the preset made of it."""
 
-import io
 import math
 
 import pytest
@@ -11,7 +10,7 @@ from conftest import launch
 from fira_hf import FiraAdamW, FiraConfig, get_fira_optimizer, views, whole
 from fira_hf import functional as F
 from fira_hf.config import PRESETS
-from reference import fira_step, gradients, spoiled, weight
+from reference import assert_resumes, fira_step, gradients, spoiled, weight
 
 SHAPES = {"tall": (70, 40), "wide": (40, 70), "square": (48, 48), "vector": (40, 1), "row": (1, 40)}
 MOMENT = {"base_optimizer": "muon", "residual": "moment"}
@@ -245,28 +244,9 @@ def test_a_bad_gradient_changes_nothing(at, bad, state_dtype):
 @pytest.mark.parametrize("settings", [{}, {"rank": 100}, {"split": 2}, {"split": 2, "transposed": True}])
 def test_a_resumed_run_ends_in_the_same_bits(settings, dtype, state_dtype):
     shape = (40, 64)
-    sequence = [gradient.to(dtype) for gradient in gradients(shape, 12)]
-
-    def train(optimizer, p, steps):
-        for t in steps:
-            p.grad = sequence[t].clone()
-            optimizer.step()
-
+    settings, grads = {"state_dtype": state_dtype, **settings}, [[gradient] for gradient in gradients(shape, 12)]
     p = weight(shape, dtype=dtype)
-    optimizer = optimizer_of(p, state_dtype=state_dtype, **settings)
-    train(optimizer, p, range(7))
-    buffer = io.BytesIO()
-    torch.save({"weight": p.detach(), "optimizer": optimizer.state_dict()}, buffer)
-    train(optimizer, p, range(7, 12))
-    buffer.seek(0)
-    saved = torch.load(buffer, weights_only=True)
-    resumed = nn.Parameter(saved["weight"])
-    other = optimizer_of(resumed, state_dtype=state_dtype, **settings)
-    other.load_state_dict(saved["optimizer"])
-    train(other, resumed, range(7, 12))
-    assert torch.equal(p, resumed)
-    for name, value in optimizer.state[p].items():
-        assert torch.equal(value, other.state[resumed][name]) if torch.is_tensor(value) else True, name
+    assert_resumes(lambda params: optimizer_of(*params, **settings), [p], grads, stop=7)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -355,11 +335,13 @@ dist.init_process_group("gloo")
 world = dist.get_world_size()
 mesh = init_device_mesh("cpu", (world,))
 of_moment = {"base_optimizer": "muon", "residual": "moment"}
-for settings in (
-    {**of_moment, "rank": 4, "state_dtype": "float32"},
-    {**of_moment, "rank": 4, "state_dtype": "int4"},
-    {**of_moment, "rank": 99, "state_dtype": "float32"},
-    {"rank": 4, "state_dtype": "int8"},  # low-rank moments in codes: see test_codes.py
+for tolerance, settings in (
+    (1e-3, {**of_moment, "rank": 4, "state_dtype": "float32"}),
+    (0.5, {**of_moment, "rank": 4, "state_dtype": "int4"}),
+    (1e-3, {**of_moment, "rank": 99, "state_dtype": "float32"}),
+    (0.1, {"rank": 4, "state_dtype": "int8"}),  # low-rank moments in codes: see test_codes.py
+    (1e-4, {"rank": 4, "projection": "columns"}),  # a block of columns may lie on two processes: see test_columns.py
+    (1e-4, {"rank": 4, "projection": "columns", "base_optimizer": "muon"}),
 ):
     for shape in ((26, 10), (10, 26), (90, 70), (70, 90), (12, 12), (5, 20, 12)):
         torch.manual_seed(0)
@@ -374,7 +356,7 @@ for settings in (
             part.grad = distribute_tensor(single.grad.clone(), mesh, [Shard(0)])
             a.step(), b.step()
         error = (part.full_tensor() - single).norm() / (single - start).norm()
-        assert error <= {"float32": 1e-3, "int8": 0.1, "int4": 0.5}[settings["state_dtype"]], (settings, shape, error)
+        assert error <= tolerance, (settings, shape, error)
         for name, value in b.state[part].items():
             if torch.is_tensor(value) and name.startswith("exp_avg"):
                 assert value.full_tensor().shape == a.state[single][name].shape, name

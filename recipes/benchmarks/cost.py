@@ -24,14 +24,14 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 from fira_hf import PRESETS, FiraConfig, base_optimizers, functional
 from fira_hf.whole import Whole
-from recipes.benchmarks.models import SIZES, Size, matrices
+from recipes.benchmarks.models import SIZES, Size, matrices, pretended
 from recipes.benchmarks.optimizers import build
 from recipes.benchmarks.options import write
 
@@ -357,12 +357,6 @@ def _stored(moments: Sequence[Whole]) -> list[Tensor]:
     return [tensor for moment in moments for tensor in (moment.values, moment.scales) if tensor is not None]
 
 
-class Elsewhere(nn.Parameter):
-    """A parameter that says it is on an accelerator, so that the optimizer takes that branch."""
-
-    device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
-
-
 @contextlib.contextmanager
 def counting(with_kernels: bool) -> Iterator[Counter]:
     """Everything inside is counted and nothing runs. `fira_hf` works with the stand-in for its kernels, or with its
@@ -391,10 +385,7 @@ def count_steps(
     with counting(with_kernels) as counter:
         weights = matrices(size, None, dtype, "cpu")
         if name == "fira_hf":  # the others take one path everywhere
-            grads = [p.grad for p in weights]
-            weights = [Elsewhere(p.detach()) for p in weights]
-            for p, grad in zip(weights, grads, strict=True):
-                p.grad = grad
+            weights = [pretended(p) for p in weights]
         optimizer = build(name, weights, 1e-3, rank, gap, **settings)
         for counter.steps in range(steps):
             counter.cost = Cost()

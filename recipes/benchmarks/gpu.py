@@ -52,12 +52,6 @@ class Skipped(Exception):
     """Why something is not measured."""
 
 
-class Pretended(torch.nn.Parameter):
-    """A parameter on the CPU that says it is on an accelerator, and is stepped as one there."""
-
-    device = property(lambda self: torch.device("cuda"))
-
-
 def settings(options: argparse.Namespace, **more: Any) -> argparse.Namespace:
     """What the benchmark scripts read, of a model on the device."""
     one = {"layers": None, "dtype": "bfloat16", "device": options.device, "threads": None, "rank": RANKS[more["size"]]}
@@ -91,9 +85,10 @@ def _kernels(device: str) -> Any:
         raise Skipped("Triton is not installed")
     from fira_hf import functional
     from fira_hf.matrices import operations
+    from recipes.benchmarks.models import pretended
 
     one = torch.ones(1, device=device)
-    found = operations(Pretended(one) if device == "cpu" else one)
+    found = operations(pretended(one) if device == "cpu" else one)
     if found is functional:
         raise Skipped("fira_hf does not use its kernels here: they need compute capability 8.0, or the interpreter")
     return found
@@ -177,16 +172,14 @@ def _launches(options: argparse.Namespace, name: str, **one: str) -> dict[str, A
     from torch.profiler import ProfilerActivity, profile
 
     from recipes.benchmarks import step
-    from recipes.benchmarks.models import SIZES, matrices
+    from recipes.benchmarks.models import SIZES, matrices, pretended
     from recipes.benchmarks.optimizers import build
 
     layers = 1 if options.tiny else _fitting(options, one["size"], one["dtype"], [name])
     weights = matrices(SIZES[one["size"]], layers, getattr(torch, one["dtype"]), options.device)
     kind, group = step.CHOICES[name]
     if options.device == "cpu" and kind == "fira_hf":
-        weights, plain = [Pretended(p.detach()) for p in weights], weights
-        for p, other in zip(weights, plain, strict=True):
-            p.grad = other.grad
+        weights = [pretended(p) for p in weights]
     gap = 10 if name == step.DEFAULT else 10**6
     optimizer = build(kind, weights, 1e-3, RANKS[one["size"]], gap, **group)
     for _ in range(2 if options.tiny else 12):  # a whole interval: everything is compiled

@@ -28,6 +28,19 @@ def _published(name: str, rank: int) -> Size:
     return Size(*(config[key] for key in names), rank)
 
 
+class Pretended(nn.Parameter):
+    """A parameter on the CPU that says it is on an accelerator, and is stepped as one there."""
+
+    device = property(lambda self: torch.device("cuda"))
+
+
+def pretended(p: torch.Tensor) -> Pretended:
+    """A weight in the same memory with the same gradient, for `matrices` on the CPU."""
+    other = Pretended(p.detach())
+    other.grad = p.grad
+    return other
+
+
 SIZES = {"tiny": Size(64, 172, 1, 2, 16)}  # to try a benchmark out
 RANKS = {"60m": 128, "130m": 256, "350m": 256, "1b": 512, "7b": 128}
 SIZES |= {name: _published(name, rank) for name, rank in RANKS.items()}
