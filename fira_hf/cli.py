@@ -14,7 +14,6 @@ import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,27 +88,25 @@ def table(found: dict[str, MemoryEstimate]) -> str:
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
 
-def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Rank and settings of the state: those given, over those of the preset, over the defaults."""
-    names = ("rank", *OF_STATE)
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    found = with_preset({"preset": options.preset} | given, "--preset")
-    return {name: found.get(name, getattr(FiraConfig, name)) for name in names}
+def config_of(options: argparse.Namespace) -> FiraConfig:
+    """What is given, over the settings of the preset."""
+    given = {name: value for name in ("rank", *OF_STATE) if (value := getattr(options, name)) is not None}
+    settings = with_preset({"preset": options.preset} | given, "--preset")
+    return FiraConfig(target_modules=options.target_modules, **settings)
 
 
 def memory(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
-    settings = settings_of(options)
+    config = config_of(options)
     default = TRAIN_INT8 if options.dtype == INT8 else tuple(METHODS)
-    if settings["rank"] >= FULL_RANK and options.lora_rank is None:  # of a preset; no rank for A and B
+    if config.rank >= FULL_RANK and options.lora_rank is None:  # of a preset; no rank for A and B
         default = tuple(name for name in default if METHODS[name].lora is None)
     methods = options.method or ",".join(default)
     found = predict_memory(
         model_config,
         methods.split(","),
-        target_modules=options.target_modules,
+        config,
         lora_rank=options.lora_rank,
         dtype=options.dtype,
-        **settings,
         batch_size=options.batch_size,
         sequence_length=options.sequence_length,
         gradient_checkpointing=options.gradient_checkpointing,
@@ -120,7 +117,7 @@ def memory(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
 
 
 def inspect(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
-    config = FiraConfig(target_modules=options.target_modules, **settings_of(options))
+    config = config_of(options)
     model = build_on_meta(model_config, options.dtype)
     lines = [summarize(model, find_targets(model, config))]
     if options.checkpoint is not None:

@@ -197,15 +197,10 @@ TRAIN_INT8 = ("adamw", "fira", LAYERWISE)  # methods
 def predict_memory(
     model_config: PretrainedConfig,
     methods: Iterable[str],
-    rank: int,
-    target_modules: str | list[str] = ALL_LINEAR,
+    config: FiraConfig,
     *,
     lora_rank: int | None = None,
     dtype: str = "bfloat16",
-    state_dtype: str = "float32",
-    base_optimizer: str = "adamw",
-    projection: str = "power",
-    residual: str = "reference",
     batch_size: int | None = None,
     sequence_length: int | None = None,
     gradient_checkpointing: bool = False,
@@ -213,9 +208,8 @@ def predict_memory(
     """Method, of `METHODS` -> `estimate_memory` of a causal language model of this configuration.
 
     Args:
-        rank, target_modules, state_dtype, base_optimizer, projection, residual: as in `FiraConfig`. LoRA wraps the
-            same targets, and Fira on LoRA projects all of LoRA's matrices.
-        lora_rank: of A and B; by default `rank`.
+        config: as in `estimate_memory`. LoRA wraps its targets, and Fira on LoRA projects all of LoRA's matrices.
+        lora_rank: of A and B; by default the rank of `config`.
         dtype: of the weights; where the base is in 4 bits, of its products, and all else is in fp32; "int8": linear
             layers by torchao's quantised training, the rest bfloat16.
 
@@ -225,16 +219,8 @@ def predict_memory(
         ImportError: dtype is "int8", and torchao is not installed.
     """
     _check_batch(batch_size, sequence_length)
-    config = FiraConfig(
-        rank,
-        target_modules=target_modules,
-        state_dtype=state_dtype,
-        base_optimizer=base_optimizer,
-        projection=projection,
-        residual=residual,
-    )
     on_lora = replace(config, target_modules=ALL_LINEAR)
-    lora_rank = rank if lora_rank is None else lora_rank
+    lora_rank = config.rank if lora_rank is None else lora_rank
     if lora_rank < 1:
         raise ValueError(f"lora_rank={lora_rank} is not valid: lora_rank must be at least 1.")
     models: dict[str | None, nn.Module] = {}
@@ -248,12 +234,14 @@ def predict_memory(
             raise ValueError(
                 f"{name} trains no weights of dtype={dtype!r}: choose of {', '.join(TRAIN_INT8)}, or another dtype."
             )
-        if dtype == INT8 and residual == "moment" and optimizer != "adamw":
-            raise ValueError(f"residual={residual!r} trains no weights of dtype={dtype!r}: choose another of the two.")
-        if lora is not None and target_modules == ALL_LINEAR_AND_CONV:
+        if dtype == INT8 and config.residual == "moment" and optimizer != "adamw":
             raise ValueError(
-                f"target_modules={target_modules!r} is no word of PEFT's, which {name} needs: name the modules, or "
-                "leave such methods out."
+                f"residual={config.residual!r} trains no weights of dtype={dtype!r}: choose another of the two."
+            )
+        if lora is not None and config.target_modules == ALL_LINEAR_AND_CONV:
+            raise ValueError(
+                f"target_modules={config.target_modules!r} is no word of PEFT's, which {name} needs: name the "
+                "modules, or leave such methods out."
             )
         if lora not in models:
             model = build_on_meta(model_config, dtype)
@@ -264,7 +252,7 @@ def predict_memory(
                     f"lora_rank={lora_rank} is above the sides of all matrices, to which {name} adds A and B: set "
                     "lora_rank, or leave such methods out."
                 )
-            models[lora] = model if lora is None else add_lora(model, lora_rank, target_modules, lora)
+            models[lora] = model if lora is None else add_lora(model, lora_rank, config.target_modules, lora)
             if gradient_checkpointing:
                 switch_on_checkpointing(models[lora])
         found[name] = estimate_memory(models[lora], on_lora if lora else config, optimizer=optimizer)

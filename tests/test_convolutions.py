@@ -354,7 +354,7 @@ def test_what_others_cannot_do_with_convolutions():
     with pytest.raises(ValueError, match="optimizer='galore' projects matrices and no convolutions such as conv_in"):
         estimate_memory(build(), config, optimizer="galore")
     with pytest.raises(ValueError, match="'all-linear-and-conv' is no word of PEFT's, which lora needs"):
-        predict_memory(build_llama().config, ["lora"], 8, ALL)
+        predict_memory(build_llama().config, ["lora"], FiraConfig(8, target_modules=ALL))
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

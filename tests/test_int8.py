@@ -246,9 +246,10 @@ def test_the_peak_of_a_step_is_predicted_within_five_percent(monkeypatch):
     size = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2, "vocab_size": 1024}
     model = small(**size, num_key_value_heads=4, use_cache=False)
     shape = {"batch_size": 1, "sequence_length": 64, "gradient_checkpointing": True}
-    estimate = predict_memory(model.config, [name], 8, dtype="int8", state_dtype="bfloat16", **shape)[name]
+    config = FiraConfig(rank=8, state_dtype="bfloat16")
+    estimate = predict_memory(model.config, [name], config, dtype="int8", **shape)[name]
     switch_on_checkpointing(model)
-    optimizer = get_fira_optimizer(model, FiraConfig(rank=8, state_dtype="bfloat16"))
+    optimizer = get_fira_optimizer(model, config)
     step_in_backward(optimizer)
     weights = sum(part.nbytes for p in model.parameters() for part in int8.stored(p.detach()))
     assert_step_is_as_predicted(estimate, model, optimizer, weights, (1, 64))
@@ -256,7 +257,7 @@ def test_the_peak_of_a_step_is_predicted_within_five_percent(monkeypatch):
 
 def test_methods_that_train_no_int8_weights_are_refused():
     with pytest.raises(ValueError, match="galore trains no weights of dtype='int8': choose of adamw, fira"):
-        predict_memory(build_llama().config, ["galore"], 4, dtype="int8")
+        predict_memory(build_llama().config, ["galore"], FiraConfig(4), dtype="int8")
 
 
 def test_a_whole_moment_is_refused():

@@ -102,7 +102,7 @@ def test_the_peak_of_a_whole_step_is_predicted_within_five_percent(method, batch
     size = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "vocab_size": 2048}
     model = build_llama(**size, num_key_value_heads=4, use_cache=False)
     shape = {"batch_size": batch[0], "sequence_length": batch[1], "gradient_checkpointing": checkpointing}
-    estimate = predict_memory(model.config, [method], 8, dtype="float32", **shape)
+    estimate = predict_memory(model.config, [method], FiraConfig(8), dtype="float32", **shape)
     if "lora" in method:
         from peft import LoraConfig, get_peft_model
 
@@ -235,7 +235,7 @@ def test_the_state_of_flora():
 
 def test_relora_is_what_the_pretraining_recipe_trains():
     model = build_llama(dtype=torch.bfloat16)
-    predicted = predict_memory(model.config, ["relora"], 4)["relora"]
+    predicted = predict_memory(model.config, ["relora"], FiraConfig(4))["relora"]
     add_lora(model, LoraConfig(r=4, target_modules="all-linear"), embeddings=True)
     assert predicted == estimate_memory(model, None)
 
@@ -243,7 +243,7 @@ def test_relora_is_what_the_pretraining_recipe_trains():
 def test_unknown_names_and_what_depends_on_the_data():
     config = build_llama().config
     with pytest.raises(ValueError, match="method 'adam'.*'adamw'"):
-        predict_memory(config, ["adam"], 4)
+        predict_memory(config, ["adam"], FiraConfig(4))
     with pytest.raises(ValueError, match="optimizer 'galor'.*'galore'"):
         estimate_memory(build_llama(), FiraConfig(rank=4), optimizer="galor")
     with pytest.raises(ValueError, match="galore.*needs a config"):
@@ -261,7 +261,7 @@ def test_unknown_names_and_what_depends_on_the_data():
 
 def published_runs(size, *methods):
     config = predict.load(RECIPE.experiments / size)
-    return predict_memory(config, methods, SIZES[size].rank, state_dtype="bfloat16")
+    return predict_memory(config, methods, FiraConfig(SIZES[size].rank, state_dtype="bfloat16"))
 
 
 def test_every_cell_of_the_pretraining_table_follows_from_its_formula():

@@ -82,7 +82,7 @@ def test_memory_is_predicted_from_shapes(method, checkpointing, dtype, tmp_path)
     )
     model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")).train()
     shape = {"batch_size": 4, "sequence_length": 64, "gradient_checkpointing": checkpointing}
-    predicted = predict_memory(model.config, [method], 8, dtype=dtype, **shape)[method]
+    predicted = predict_memory(model.config, [method], FiraConfig(8), dtype=dtype, **shape)[method]
     if method == "qlora":
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     else:

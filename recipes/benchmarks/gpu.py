@@ -258,6 +258,7 @@ def _memory(
 ) -> dict[str, Any]:
     """Bytes at the peak of a step of 1 x 256 tokens, checkpointed, by default at the published rank of fine-tuning.
     `card`: bytes that PyTorch may take, as if there were no more."""
+    from fira_hf import FiraConfig
     from fira_hf.memory import predict_memory
     from recipes.benchmarks import layerwise, train
 
@@ -265,8 +266,8 @@ def _memory(
     told = settings(options, size=size, batch_size=1, dtype=dtype)
     told.rank = 16 if options.tiny else rank
     batch = {"batch_size": told.batch_size, "sequence_length": told.sequence_length, "gradient_checkpointing": True}
-    kept = {"dtype": dtype, "state_dtype": state_dtype}
-    predicted = predict_memory(train.model_config(told), [method], told.rank, **kept, **batch)[method].total
+    config = FiraConfig(told.rank, state_dtype=state_dtype)
+    predicted = predict_memory(train.model_config(told), [method], config, dtype=dtype, **batch)[method].total
     if options.device != "cpu":
         free = torch.cuda.mem_get_info()[0]
         if predicted + GIB > free:

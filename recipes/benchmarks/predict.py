@@ -58,7 +58,7 @@ def cells() -> list[dict[str, Any]]:
     for size, published in PUBLISHED.items():
         config = load(PRETRAINING.experiments / size)
         names = sorted(set(METHODS.values()))
-        found = predict_memory(config, names, SIZES[size].rank, dtype="bfloat16", state_dtype="bfloat16")
+        found = predict_memory(config, names, FiraConfig(SIZES[size].rank, state_dtype="bfloat16"))
         weights, lora = BF16 * NOMINAL[size], found["relora"].gradients
         low_rank = 2 * weights + 1.5 * lora
         formulas = {"adamw": 4 * weights, "relora": weights + 4 * lora, "galore": low_rank, "fira": low_rank}
@@ -76,8 +76,9 @@ def finetuning(batch_size: int | None = None) -> dict[str, MemoryEstimate]:
     if batch_size is not None:
         shape = {"batch_size": batch_size, "sequence_length": 256, "gradient_checkpointing": True}
     published = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-    full = predict_memory(config, ("adamw", "fira", "fira_layerwise", "galore"), 16, **shape)
-    return full | predict_memory(config, ("fira-on-lora", "lora"), 16, published, lora_rank=32, **shape)
+    full = predict_memory(config, ("adamw", "fira", "fira_layerwise", "galore"), FiraConfig(16), **shape)
+    on_lora = FiraConfig(16, target_modules=published)
+    return full | predict_memory(config, ("fira-on-lora", "lora"), on_lora, lora_rank=32, **shape)
 
 
 def llama7b() -> list[dict[str, Any]]:
