@@ -124,7 +124,7 @@ class StepInBackward:
             self._first = first_states(self._optimizer.param_groups)
         owner = self._optimizer.param_groups[group]
         self._norms[p] = torch.linalg.vector_norm(p.grad)
-        self._optimizer._step_parameters(owner, [p], self._first if is_new else None)
+        self._optimizer.step_one(owner, p, self._first if is_new else None)
         p.grad = None
 
     def _after_backward(self) -> None:

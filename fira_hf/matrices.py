@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -272,7 +273,12 @@ def batches(matrices: Iterable[Matrix], rank: int) -> Iterator[list[Matrix]]:
 def operations(p: Tensor) -> Any:
     """The module that makes the steps of such a weight: `functional`, or `kernels` where Triton can run them and the
     environment does not say FIRA_HF_TRITON=0."""
-    return _operations(p.device.type)
+    return _operations(p.device)
+
+
+def current_device(p: Tensor) -> AbstractContextManager[Any]:
+    """Where the device of a weight is the current one: Triton launches there, whatever the tensors are on."""
+    return torch.cuda.device(p.device) if p.device.type == "cuda" and torch.cuda.is_available() else nullcontext()
 
 
 def operations_of_moments(ops: Any) -> tuple[Any, Any]:
@@ -287,13 +293,17 @@ def updates_of_int8(ops: Any) -> Any:
 
 
 @functools.cache
-def _operations(device: str) -> Any:
+def _operations(device: torch.device) -> Any:
     if os.environ.get("FIRA_HF_TRITON") == "0":
         return F
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     # Products of bf16 on tensor cores need compute capability 8.0. ROCm has not been tried.
-    can_run = torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability() >= (8, 0)
-    if device != "cuda" or not (is_interpreted or can_run) or importlib.util.find_spec("triton") is None:
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return F
+    can_run = (
+        torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+    if not (is_interpreted or can_run):
         return F
     from . import kernels
 

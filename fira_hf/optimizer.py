@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .checkpoint import check_checkpoint, pairs
 from .config import FiraConfig
 from .distributed import agree, local, sharded_like, shards_of
 from .groups import check_group, check_weight, dimensions_of, name_of, name_parameters
-from .matrices import batches, matrices_of, operations
+from .matrices import Matrix, batches, current_device, matrices_of, operations
 from .projected import step_projected
 from .refresh import refresh
 from .state import (
@@ -148,11 +149,13 @@ class FiraAdamW(torch.optim.Optimizer):
         for group, parameters in work:
             self.check_step(group, parameters)
         is_rehearsal = self._is_rehearsal()
-        first: dict[Any, dict[str, Any]] | None = None
-        for group, parameters in work:
-            if first is None and any(not self.state.get(p) for p in parameters):
-                first = first_states(self.param_groups)
-            self._step_parameters(group, parameters, first, is_rehearsal)
+        first = None
+        if any(not self.state.get(p) for _, parameters in work for p in parameters):
+            first = first_states(self.param_groups)
+        # Where memory runs out, it does as states and bases are made: no weight has been written by then.
+        matrices = [self._prepare(group, parameters, first, is_rehearsal) for group, parameters in work]
+        for (group, parameters), own in zip(work if not is_rehearsal else [], matrices, strict=False):
+            self._write(group, parameters, own)
         return loss
 
     def check_step(self, group: dict[str, Any], parameters: list[Any]) -> None:
@@ -187,22 +190,27 @@ class FiraAdamW(torch.optim.Optimizer):
                     'projection="svd" needs whole gradients, and FSDP shards them: set projection="power".'
                 )
 
+    def step_one(self, group: dict[str, Any], p: Any, first: dict[Any, dict[str, Any]] | None) -> None:
+        """The step of a parameter of a group that `check_step` has passed; `first` where it has no state yet."""
+        self._write(group, [p], self._prepare(group, [p], first))
+
     @F.fp32_products()
-    def _step_parameters(
+    def _prepare(
         self,
         group: dict[str, Any],
         parameters: list[Any],
         first: dict[Any, dict[str, Any]] | None,
         is_rehearsal: bool = False,
-    ) -> None:
-        """One step of parameters of a group that `check_step` has passed; `first` where one has no state yet."""
+    ) -> list[Matrix]:
+        """Creates the states that are not there yet, finds the bases that are due, and returns the matrices that have
+        begun. No weight is written."""
         if not parameters:
-            return
+            return []
         existing = [p for p in parameters if self.state.get(p)]
         if first is not None:
             self._create_states(group, first, everywhere=is_rehearsal)
         if is_rehearsal:
-            return
+            return []
         for p in existing:
             state: Any = self.state[p]
             # That of a sharded weight is there before it has begun. Of a sharded stack each process has matrices of
@@ -210,17 +218,29 @@ class FiraAdamW(torch.optim.Optimizer):
             is_shared = isinstance(p, DTensor) and p.ndim == 3 and not group.get("convolution")
             if "rank" not in group or is_shared or state.begun:
                 state["calls"] += 1
-        # Under autocast the products would be taken in half precision.
-        with torch.autocast(parameters[0].device.type, enabled=False):
-            if "rank" in group:
-                matrices = [matrix for p in parameters for matrix in matrices_of(p, self.state, group)]
+        if "rank" not in group:
+            for p in parameters:
+                if not self.state.get(p):
+                    self._create_dense(p, group, (first or {})[p])
+            return []
+        begun = []
+        for of_device in _by_device(parameters):
+            with _products_on(of_device[0]):
+                matrices = [matrix for p in of_device for matrix in matrices_of(p, self.state, group)]
                 refresh(matrices, group, first or {}, self.process_group)
-                if first is not None:
-                    self.state.update((m.parameter, m.state) for m in matrices if m.begun)
-                for batch in batches((m for m in matrices if m.begun), group["rank"]):
-                    step_projected(batch, group, self._add_statistics if self.track_statistics else None)
-            else:
-                self._step_dense(parameters, group, first or {})
+            begun += [matrix for matrix in matrices if matrix.begun]
+        if first is not None:
+            self.state.update((matrix.parameter, matrix.state) for matrix in begun)
+        return begun
+
+    @F.fp32_products()
+    def _write(self, group: dict[str, Any], parameters: list[Any], matrices: list[Matrix]) -> None:
+        """The step of the parameters of a group, of which `matrices` have begun."""
+        if "rank" not in group and parameters:
+            self._step_dense(parameters, group)
+        for batch in batches(matrices, group.get("rank", 0)):
+            with _products_on(batch[0].parameter):
+                step_projected(batch, group, self._add_statistics if self.track_statistics else None)
 
     def _is_rehearsal(self) -> bool:
         """Whether this is the step, with zero gradients at a learning rate of 0, by which torch.distributed.checkpoint
@@ -247,34 +267,32 @@ class FiraAdamW(torch.optim.Optimizer):
             else:
                 self._create_dense(p, group, first[p])
 
-    def _step_dense(self, parameters: list[Any], group: dict[str, Any], first: dict[Any, dict[str, Any]]) -> None:
+    def _step_dense(self, parameters: list[Any], group: dict[str, Any]) -> None:
         """AdamW, which the device leaves out by itself where a gradient is not finite."""
         norms = torch._foreach_norm([local(p.grad) for p in parameters], 2.0, torch.float32)
         device = norms[0].device
         finite = agree(torch.isfinite(torch.stack([norm.to(device) for norm in norms])).all(), parameters)
-        states = []
-        for p in parameters:
-            if not self.state.get(p):
-                self._create_dense(p, group, first[p])
-            states.append(self.state[p])
+        states = [self.state[p] for p in parameters]
         steps = [state["step"] for state in states]
         # After infinitely many steps nothing is left of the bias.
         counts = torch._foreach_add(steps, 0.0 if group["correct_bias"] else torch.inf)
         settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-        rows = []
+        rows: list[tuple[Any, ...]] = []
         for p, s, count in zip(parameters, states, counts, strict=True):
             moments = [local(s[name]) for name in base_optimizers.MOMENTS["adamw"]]
             seed = rounding_seed(s) if rounds_weight(p, group) else None
             state_seed = rounding_seed(s, use=OF_MOMENTS) if rounds_state(group) else None
             weight, grad = int8.view(local(p.detach())), local(p.grad)
             if isinstance(weight, int8.Int8Weight):
-                int8.dense_adamw(weight, grad, moments, count, finite, seed, state_seed, settings)
+                int8.dense_adamw(weight, grad, moments, count, finite.to(grad.device), seed, state_seed, settings)
             else:
                 rows.append((weight, grad, *moments, count, seed, state_seed))
-        if rows:
-            *columns, seeds, state_seeds = zip(*rows, strict=True)
-            ops = operations(rows[0][0])
-            ops.dense_adamw(*map(list, columns), finite, list(seeds), list(state_seeds), settings)
+        for of_device in _by_device(rows, lambda row: row[0].device):
+            *columns, seeds, state_seeds = zip(*of_device, strict=True)
+            weight = of_device[0][0]
+            with _products_on(weight):
+                its_finite, ops = finite.to(weight.device), operations(weight)
+                ops.dense_adamw(*map(list, columns), its_finite, list(seeds), list(state_seeds), settings)
         made = finite.float()
         torch._foreach_add_(steps, [made.to(step.device) for step in steps])
 
@@ -356,6 +374,21 @@ class FiraAdamW(torch.optim.Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _by_device(items: Sequence[Any], device: Callable[[Any], torch.device] = lambda p: p.device) -> list[list[Any]]:
+    """The items of each device; nearly always there is one."""
+    found: dict[torch.device, list[Any]] = {}
+    for item in items:
+        found.setdefault(device(item), []).append(item)
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def _products_on(p: Tensor) -> Iterator[None]:
+    """Where products are made with a weight: on its device, and not in half precision, as autocast would have them."""
+    with current_device(p), torch.autocast(p.device.type, enabled=False):
+        yield
 
 
 def _as_saved(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:

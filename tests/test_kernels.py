@@ -155,9 +155,9 @@ def test_the_kernels_compile_for_gpus():
 
 def test_the_kernels_can_be_switched_off(monkeypatch):
     monkeypatch.setenv("FIRA_HF_TRITON", "0")
-    assert fira_hf.matrices._operations.__wrapped__("cuda") is F
+    assert fira_hf.matrices._operations.__wrapped__(torch.device("cuda")) is F
     monkeypatch.setenv("FIRA_HF_TRITON", "1")
-    assert fira_hf.matrices._operations.__wrapped__("cuda") is not F
+    assert fira_hf.matrices._operations.__wrapped__(torch.device("cuda")) is not F
 
 
 def test_a_step_on_the_cpu_does_not_import_triton(tmp_path):
@@ -202,7 +202,9 @@ def test_steps_are_those_of_the_torch_code(shape, settings, monkeypatch, kernels
     start = weight(shape).detach()
     results = []
     for ops in (F, kernels):
-        monkeypatch.setattr(fira_hf.matrices, "_operations", lambda device, ops=ops: ops if device == "cuda" else F)
+        monkeypatch.setattr(
+            fira_hf.matrices, "_operations", lambda device, ops=ops: ops if device.type == "cuda" else F
+        )
         p = pretended(start)
         optimizer = optimizer_of(p, **settings)
         optimizer.track_statistics = True
@@ -273,7 +275,9 @@ def test_parts_and_experts_of_a_whole_moment(shape, settings, monkeypatch, kerne
     flat = (shape[0] * shape[1], shape[2]) if len(shape) == 3 else shape
     results = []
     for ops in (F, kernels):
-        monkeypatch.setattr(fira_hf.matrices, "_operations", lambda device, ops=ops: ops if device == "cuda" else F)
+        monkeypatch.setattr(
+            fira_hf.matrices, "_operations", lambda device, ops=ops: ops if device.type == "cuda" else F
+        )
         p = pretended(start)
         optimizer = optimizer_of(p, **settings, **fuses)
         for gradient in gradients(flat, 7):

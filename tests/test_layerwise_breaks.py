@@ -122,14 +122,14 @@ def test_with_a_checkpoint_loaded_it_goes_on_as_if_nothing_had_been(kept):
 def test_an_error_in_the_step_of_a_weight(monkeypatch):
     """The weight itself may be half written."""
     model, optimizer, hooks, _ = begun()
-    inner = optimizer._step_parameters
+    inner = optimizer.step_one
 
-    def fails(group, parameters, *rest):
-        if parameters[0] is model.lm_head.weight:  # the first that is reached
+    def fails(group, p, *rest):
+        if p is model.lm_head.weight:  # the first that is reached
             raise OUT_OF_MEMORY
-        inner(group, parameters, *rest)
+        inner(group, p, *rest)
 
-    monkeypatch.setattr(optimizer, "_step_parameters", fails)
+    monkeypatch.setattr(optimizer, "step_one", fails)
     with pytest.raises(RuntimeError, match="out of memory"):
         backward(model, build_tokens(1)[0])
     with pytest.raises(RuntimeError, match=f"1 of .*{HALF}"):
