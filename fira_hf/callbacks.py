@@ -79,7 +79,9 @@ class FiraCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         config = self._optimizer.config if self._optimizer is not None else None
-        # A hyper-parameter search saves elsewhere, in a folder for each trial.
+        # A hyper-parameter search saves in a folder for each trial, of which a callback is not told.
+        if state.is_hyper_param_search:
+            return
         if state.is_world_process_zero and config is not None and checkpoint.is_dir():
             config.save_pretrained(checkpoint)
 

@@ -97,7 +97,9 @@ def _check_projections(saved_groups: list[dict[str, Any]], param_groups: list[di
 def _log_differences(saved_groups: list[dict[str, Any]], param_groups: list[dict[str, Any]]) -> None:
     seen = set()
     for old, new in zip(saved_groups, param_groups, strict=True):
-        for setting in ("initial_lr", "betas", "eps", "weight_decay", *SHARED_DEFAULTS):
+        # What a schedule of torch makes of the rate changes from step to step, what it began with does not.
+        rate = "initial_lr" if "initial_lr" in {**old, **new} else "lr"
+        for setting in (rate, "betas", "eps", "weight_decay", *SHARED_DEFAULTS):
             if setting == "betas" and "max_momentum" in old:
                 continue  # OneCycleLR and CyclicLR set them anew at every step
             was, now = (group.get(setting) for group in (old, new))

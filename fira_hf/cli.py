@@ -72,13 +72,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 def load_config(model: str) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"--model {model}: no folder or config.json here that says what model it is, nor a name on the hub. "
-            f"({reason})"
-        ) from error
+        config = AutoConfig.from_pretrained(model)
+    except Exception as error:  # what transformers makes of a file that says nonsense is of many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        found = (
+            "that cannot be read as a model's"
+            if Path(model).exists()
+            else "or config.json here, nor a name on the hub"
+        )
+        raise ValueError(f"--model {model}: a folder or config.json {found}. ({reason})") from error
+    if getattr(config, "quantization_config", None):
+        print(
+            f"note: {model} is quantised; weights are counted as if they were not. For a base in 4 bits see "
+            "--method qlora,fira-on-qlora.",
+            file=sys.stderr,
+        )
+    return config
 
 
 def table(found: dict[str, MemoryEstimate]) -> str:
@@ -103,7 +112,7 @@ def memory(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
     methods = options.method or ",".join(default)
     found = predict_memory(
         model_config,
-        methods.split(","),
+        [name.strip() for name in methods.split(",")],
         config,
         lora_rank=options.lora_rank,
         dtype=options.dtype,
@@ -132,18 +141,19 @@ def describe_checkpoint(folder: Path) -> str:
         raise ValueError(f"--checkpoint {folder}: there is no optimizer.pt; give a checkpoint-N of the Trainer.")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, IndexError) as error:
         raise ValueError(
             f"--checkpoint {folder}: optimizer.pt is damaged, or holds objects of Python, as GaLore's does."
         ) from error
-    rank_of = {i: group["rank"] for group in saved["param_groups"] if "rank" in group for i in group["params"]}
-    states = saved["state"].values()
-    held = sum(tensor.nbytes for state in states for tensor in state.values() if isinstance(tensor, Tensor))
-    projected = {i: state for i, state in saved["state"].items() if "residual_norm" in state}
-    if not projected:
-        raise ValueError(f"--checkpoint {folder}: optimizer.pt holds no state of Fira.")
-    ranks = sorted({rank_of[i] for i in projected})
-    steps = 1 + max(state["calls"] for state in projected.values())
+    try:
+        rank_of = {i: group["rank"] for group in saved["param_groups"] if "rank" in group for i in group["params"]}
+        states = saved["state"].values()
+        held = sum(tensor.nbytes for state in states for tensor in state.values() if isinstance(tensor, Tensor))
+        projected = {i: state for i, state in saved["state"].items() if "residual_norm" in state}
+        ranks = sorted({rank_of[i] for i in projected})
+        steps = 1 + max(state["calls"] for state in projected.values())
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # of anything that can be in a file
+        raise ValueError(f"--checkpoint {folder}: optimizer.pt holds no state of Fira.") from error
     return f"{path}: {held:,} bytes of state, rank {', '.join(map(str, ranks))}, after {steps} steps."
 
 

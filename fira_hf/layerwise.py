@@ -34,14 +34,15 @@ class StepInBackward:
         # Places of the weights in the order in which the first backward reached them, on every process.
         self._order: list[int] = []
         self._order_is_known = False
-        for hook in optimizer._optimizer_step_pre_hooks.values():
-            earlier = getattr(hook, "__self__", None)
-            if isinstance(earlier, StepInBackward):
-                earlier._refuse_half_a_step()
-                raise ValueError(
-                    "The weights of this optimizer are stepped in backward already: remove() comes first."
-                )
+        if (earlier := hooks_of(optimizer)) is not None:
+            earlier._refuse_half_a_step()
+            raise ValueError("The weights of this optimizer are stepped in backward already: remove() comes first.")
         for p in self._weights:
+            if any(map(_owner, (p._post_accumulate_grad_hooks or {}).values())):
+                raise ValueError(
+                    "Another optimizer steps these weights in backward already: call remove() of what its "
+                    "step_in_backward returned, or make the model anew."
+                )
             if hasattr(p, "device_mesh"):
                 raise ValueError(
                     "Weights cannot be stepped inside backward where they are sharded (FSDP, tensor parallel), since "
@@ -190,6 +191,16 @@ class StepInBackward:
             )
 
 
+def _owner(hook: Any) -> StepInBackward | None:
+    owner = getattr(hook, "__self__", None)
+    return owner if isinstance(owner, StepInBackward) else None
+
+
+def hooks_of(optimizer: FiraAdamW) -> StepInBackward | None:
+    """What steps the weights of this optimizer in backward, if anything does."""
+    return next(filter(None, map(_owner, optimizer._optimizer_step_pre_hooks.values())), None)
+
+
 def step_in_backward(
     optimizer: Any, when: Callable[[], bool] = lambda: True, group: dist.ProcessGroup | None = None
 ) -> StepInBackward:
@@ -222,8 +233,8 @@ def step_in_backward(
         What takes the hooks off again (`remove()`) and knows the norm of the gradients (`grad_norm(parameters)`).
 
     Raises:
-        ValueError: it is another optimizer, its weights are stepped in backward already, a weight is sharded, or there
-            are several processes and no group.
+        ValueError: it is another optimizer, its weights are stepped in backward already (by it or another one), a
+            weight is sharded, or there are several processes and no group.
         RuntimeError, in backward or `optimizer.step()`: a weight gets a gradient after it was stepped, a backward pass
             was broken off, or the processes of the group do not reach the same weights in the same order.
     """

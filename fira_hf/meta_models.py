@@ -35,6 +35,11 @@ def build_on_meta(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
             raise ValueError(
                 f"transformers has no causal language model of type {config.model_type!r}: choose a language model."
             ) from error
+        except Exception as error:  # sizes that do not go together, an activation that does not exist, ...
+            raise ValueError(
+                f"transformers makes no model of this configuration ({type(error).__name__}: {error}): correct its "
+                "config.json."
+            ) from error
     if dtype == INT8:
         int8.quantise(model)
     return model

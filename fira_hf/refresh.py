@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from . import base_optimizers
 from . import functional as F
@@ -30,8 +31,13 @@ def refresh(
     gradients are usable. An accelerator is read for first bases only: later ones are due by calls, which the host
     counts, and the device keeps the old basis where the gradient is not usable. (Not with "svd" and "aligned": torch
     reads the device to decompose.)
-    `first_states`: of the parameters that have none. `process_group`: replicas that share the work.
+    `first_states`: of the parameters that have none. `process_group`: replicas that share the work. A weight that is
+    sharded has none: of a stack each process has matrices of its own.
     """
+    if process_group is not None:
+        own = [matrix for matrix in matrices if isinstance(matrix.parameter, DTensor)]
+        refresh(own, group, first_states, None)
+        matrices = [matrix for matrix in matrices if not isinstance(matrix.parameter, DTensor)]
     without = [matrix for matrix in matrices if not has_basis(group, min(matrix.shape))]
     # A choice of columns needs no gradient: on every device the next one's turn comes by calls.
     for matrix in (m for m in without if m.begun and m.is_due_by_calls(group)):
@@ -54,7 +60,7 @@ def refresh(
         G = matrix.tall(matrix.refreshed_from(group))
         _take(matrix, shards.find_basis(G, matrix.shape, rank, method, Q, seed), wait, group)
     owner = dict(zip(due, owners([matrix.weight.numel() for matrix in due], process_group), strict=True))
-    own: dict[Matrix, Tensor | None] = {}
+    found: dict[Matrix, Tensor | None] = {}
     for method in sorted({method for method, _, _ in due.values()}):
         chosen = (matrix for matrix in due if due[matrix][0] == method and is_own(owner[matrix], process_group))
         for batch in batches(chosen, rank):
@@ -63,7 +69,7 @@ def refresh(
             batch_seeds = [due[matrix][2] for matrix in batch]
             bases = dict(zip(batch, find_bases(grads, rank, method, previous, batch_seeds), strict=True))
             if process_group is not None:
-                own |= bases
+                found |= bases
                 continue
             for matrix, Q in bases.items():
                 _take(matrix, Q, due[matrix][1], group)
@@ -72,7 +78,7 @@ def refresh(
         for matrix, (_, wait, _) in due.items():
             short = min(matrix.weight.shape)
             like = matrix.grad.new_empty(short, min(rank, short), dtype=torch.float32)
-            Q = broadcast(own.get(matrix), like, owner[matrix], process_group)
+            Q = broadcast(found.get(matrix), like, owner[matrix], process_group)
             _take(matrix, None if Q[0, 0].isnan() else Q, wait, group)
 
 

@@ -14,15 +14,17 @@ from typing import Any
 import torch.distributed as dist
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import OptimizerNames, ParallelMode
 
 from . import int8
-from .config import ALL_LINEAR, LAYERWISE, WORDS, FiraConfig, word_or_regex
+from .config import ALL_LINEAR, LAYERWISE, WORDS, FiraConfig, plain_name, word_or_regex
 from .factory import build_optimizer
 from .layers import target_layers, weights
-from .layerwise import StepInBackward, step_in_backward
+from .layerwise import StepInBackward, hooks_of, step_in_backward
 from .optim_args import TRAINER_ARGS, parse_optim_args
 from .optimizer import FiraAdamW
 from .rules import plain
@@ -55,8 +57,12 @@ def register() -> None:
             return original(args, model)
         if model is None:
             name = OptimizerNames(args.optim).value
-            raise ValueError(f"optim={name!r} needs the model to choose the weights that it projects: pass model=...")
-        is_sharded = _is_sharded(args)
+            raise ValueError(
+                f"optim={name!r} needs the model to choose the weights that it projects: pass model=... (where a "
+                "library asks without one, give the Trainer optimizers=(get_fira_optimizer(model, config), None))."
+            )
+        # Also where from_pretrained has sharded the weights.
+        is_sharded = _is_sharded(args) or any(isinstance(p, DTensor) for p in model.parameters())
         config = config_from_args(args, model)
         if is_sharded and config.projection == "svd":
             raise ValueError(
@@ -71,6 +77,7 @@ def register() -> None:
             "module": model,
             "config": config,
             "process_group": dist.group.WORLD if replicas else None,
+            "layerwise": args.optim == LAYERWISE,
         }
 
     def save_int8_as_parts(trainer: Trainer) -> None:
@@ -90,6 +97,8 @@ def register() -> None:
         @functools.wraps(loop)
         def layerwise_or_not(*args: Any, **kwargs: Any) -> Any:
             save_int8_as_parts(trainer)
+            if trainer.args.optim in NAMES and trainer.optimizer is None:
+                _is_sharded(trainer.args)  # DeepSpeed may make an optimizer of its own, and ask nobody
             with Layerwise(trainer) if trainer.args.optim == LAYERWISE else contextlib.nullcontext():
                 return loop(*args, **kwargs)
 
@@ -115,6 +124,11 @@ def _tell_of_lost_states() -> None:
         watch = optimizer.register_load_state_dict_post_hook(loaded.append)  # type: ignore[arg-type]
         try:
             original(trainer, checkpoint)
+        except (RuntimeError, CheckpointException) as error:
+            if not any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
+                raise
+            # torch.distributed loads into the state as it is here, and knows no settings.
+            raise ValueError(_other_settings(checkpoint, optimizer.config)) from error
         finally:
             watch.remove()
         if not loaded and trainer.is_world_process_zero():
@@ -125,6 +139,21 @@ def _tell_of_lost_states() -> None:
             )
 
     Trainer._load_optimizer_and_scheduler = load  # type: ignore
+
+
+def _other_settings(checkpoint: str, config: FiraConfig | None) -> str:
+    """Why a sharded checkpoint does not fit, by the settings that `FiraCallback` may have left in it."""
+    try:
+        saved = FiraConfig.from_pretrained(checkpoint).to_dict()
+    except (FileNotFoundError, ValueError):
+        saved = {}
+    own = (config or FiraConfig()).to_dict()
+    differ = [f"{name}={value!r} (here {own[name]!r})" for name, value in saved.items() if own[name] != value]
+    return (
+        f"The optimizer's state in {checkpoint} is of other weights, or of others of their shapes. It was saved with "
+        f"{', '.join(differ) or 'another rank, other target modules or another optimizer'}: resume with the settings "
+        "of the checkpoint, or start a new run from the weights."
+    )
 
 
 def _add_name(name: str) -> None:
@@ -171,12 +200,23 @@ class TrainerFira(FiraAdamW):
         betas: tuple[float, float] | None = None,
         eps: float | None = None,
         weight_decay: float | None = None,
+        layerwise: bool = False,
     ) -> FiraAdamW:
         given = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         own: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         optimizer = build_optimizer(module, replace(config, **own), params)
         optimizer.process_group = process_group
+        if layerwise:
+            optimizer.register_step_pre_hook(_check_layerwise)
         return optimizer
+
+
+def _check_layerwise(optimizer: Any, *_: Any) -> None:
+    if hooks_of(optimizer) is None:
+        raise RuntimeError(
+            f"optim={LAYERWISE!r} steps weights inside backward only in Trainer.train, which this loop is not: call "
+            'fira_hf.step_in_backward(optimizer) before it, or set optim="fira".'
+        )
 
 
 class Layerwise(TrainerCallback):
@@ -358,7 +398,7 @@ def _trainer_targets(model: nn.Module, targets: Any) -> str:
                 "is, or a valid expression for all of it."
             ) from None
         probe = entry if isinstance(targets, str) else [entry]
-        found = [layer for layer in layers if check_target_module_exists(probe, layer.name)]
+        found = [layer for layer in layers if check_target_module_exists(probe, plain_name(layer.name))]
         if not any(layer.weight.requires_grad for layer in found):
             why = "matches only frozen weights" if found else "matches no linear layer or convolution"
             matched = functools.partial(check_target_module_exists, probe)

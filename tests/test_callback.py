@@ -208,6 +208,17 @@ def test_no_stray_folder_where_checkpoints_lie_elsewhere(make_trainer, tmp_path)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
+def test_a_trial_leaves_the_config_of_an_earlier_checkpoint_alone(make_trainer, tmp_path):
+    class Trial(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            state.is_hyper_param_search = True
+
+    saves = {"save_strategy": "steps", "save_steps": 3, "optim": "fira"}
+    make_trainer(callbacks=[FiraCallback()], optim_args="rank=4", **saves).train()
+    make_trainer(callbacks=[Trial(), FiraCallback()], optim_args="rank=8", **saves).train()
+    assert FiraConfig.from_pretrained(tmp_path / "run" / "checkpoint-3").rank == 4
+
+
 # --------------------------------------------------------------------------- printing
 
 

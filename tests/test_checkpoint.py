@@ -284,6 +284,29 @@ def test_betas_that_a_schedule_cycles_are_not_reported(cycles, caplog):
     assert caplog.messages == ["eps=0.001 of the checkpoint replaces 1e-06."]  # once, not once a group
 
 
+@pytest.mark.parametrize("has_schedule", [True, False])
+def test_a_rate_that_a_checkpoint_replaces_is_reported(has_schedule, caplog):
+    """Of a schedule that is not torch's, such as ReduceLROnPlateau, a checkpoint has no first rate."""
+
+    def build(lr):
+        net, optimizer = make()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if has_schedule:
+            torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5)
+        return net, optimizer
+
+    net, optimizer = build(1e-2)
+    train(net, optimizer, 1)
+    _, same = build(1e-2)
+    same.load_state_dict(optimizer.state_dict())
+    assert not caplog.messages
+    _, other = build(1e-4)
+    other.load_state_dict(optimizer.state_dict())
+    rate = "initial_lr" if has_schedule else "lr"
+    assert caplog.messages == [f"{rate}=0.01 of the checkpoint replaces 0.0001."]
+
+
 # --------------------------------------------------------------------------- what is not whole
 
 

@@ -97,6 +97,25 @@ def test_a_model_that_is_no_language_model(tmp_path, capsys):
     assert "model_type" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_attention_heads": 0}, {"hidden_size": "big"}, {"hidden_act": "none such"}, {"pad_token_id": 10**6}],
+    ids=str,
+)
+def test_a_config_that_makes_no_model_is_an_error_in_one_line(wrong, folder, tmp_path, capsys):
+    config = json.loads((Path(folder) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | wrong))
+    assert main(["memory", "--model", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_quantised_config_is_said_to_be_counted_as_if_it_were_not(folder, tmp_path, capsys):
+    config = json.loads((Path(folder) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"load_in_4bit": True}}))
+    assert main(["memory", "--model", str(tmp_path), "--method", "fira, adamw"]) == 0
+    assert "is quantised" in capsys.readouterr().err
+
+
 def test_inspect_tells_what_is_projected_and_what_a_checkpoint_holds(folder, make_trainer, tmp_path, capsys):
     assert main(["inspect", "--model", folder, "--rank", "4"]) == 0
     assert capsys.readouterr().out.startswith("Fira projects 14 matrices (14 at rank 4)")
@@ -116,6 +135,10 @@ def test_inspect_tells_what_is_projected_and_what_a_checkpoint_holds(folder, mak
         (checkpoint / "optimizer.pt").write_bytes(content)
         assert main(["inspect", "--model", folder, "--checkpoint", str(checkpoint)]) == 2
         assert "optimizer.pt is damaged" in capsys.readouterr().err
+    for content in ([], {"state": {}}, {"param_groups": [], "state": {0: {"residual_norm": 0}}}):
+        torch.save(content, checkpoint / "optimizer.pt")
+        assert main(["inspect", "--model", folder, "--checkpoint", str(checkpoint)]) == 2
+        assert "holds no state of Fira" in capsys.readouterr().err
 
 
 def test_inspect_counts_adamws_state_in_the_dtype_of_the_weights(folder, capsys):

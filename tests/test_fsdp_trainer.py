@@ -54,13 +54,20 @@ if task != "ddp" and way == "accelerate launch":
     config = {"VERSION": "2", "AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "TRANSFORMER_CLS_TO_WRAP": layer}
     config |= {"STATE_DICT_TYPE": kind, "RESHARD_AFTER_FORWARD": "true"}
     os.environ |= {"ACCELERATE_USE_FSDP": "true"} | {f"FSDP_{name}": value for name, value in config.items()}
-if task == "resumed":
+if task in ("resumed", "other"):
     settings["output_dir"] = f"{output}/killed"
+if task == "other":
+    settings["optim_args"] = "rank=2, update_proj_gap=3"
 callbacks = [fira_hf.FiraCallback(), *([Kill()] if task == "killed" else [])]
 trainer = Trainer(
     model=build_llama(), args=TrainingArguments(**settings), train_dataset=build_tokens(), callbacks=callbacks
 )
-trainer.train(resume_from_checkpoint=task == "resumed")
+try:
+    trainer.train(resume_from_checkpoint=task in ("resumed", "other"))
+except ValueError as error:
+    assert task == "other" and "rank=4 (here 2)" in str(error), error
+    os._exit(0)
+assert task != "other", "a state of another rank was loaded"
 parts = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in trainer.model.parameters()]
 weights = torch.cat([p.detach().flatten() for p in parts])
 if dist.get_rank() == 0:
@@ -79,8 +86,8 @@ if dist.get_rank() == 0:
 )
 def test_the_trainer_shards_and_resumes_a_run_that_was_killed(tmp_path, kind, precision, tolerance, way):
     """Ten steps with accumulation, decay, clipping and a schedule: the result of DDP, also after a kill at step 6 and
-    a new start from the checkpoint of step 4."""
-    for task in ("ddp", "whole", "killed", "resumed"):
+    a new start from the checkpoint of step 4. With another rank it is refused, and the error says which."""
+    for task in ("ddp", "whole", "killed", "resumed", "other"):
         launch(TRAINER, tmp_path, 2, str(tmp_path), task, kind, precision, way)
     ddp, whole, resumed = (torch.load(tmp_path / f"{task}.pt") for task in ("ddp", "whole", "resumed"))
     assert not (tmp_path / "killed.pt").exists()

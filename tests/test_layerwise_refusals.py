@@ -51,6 +51,36 @@ def test_sharded_weights_are_refused():
         step_in_backward(FiraAdamW([Sharded(torch.ones(2, 2))]))
 
 
+def test_weights_that_another_optimizer_steps_are_refused():
+    """As where a cell of a notebook runs twice: the first one's hooks would step them, and free their gradients."""
+    model, tokens = build_llama(), batches(1)[0]
+    hooks = step_in_backward(get_fira_optimizer(model, FiraConfig(rank=4)))
+    second = get_fira_optimizer(model, FiraConfig(rank=4))
+    with pytest.raises(ValueError, match=r"Another optimizer steps these weights.*remove\(\)"):
+        step_in_backward(second)
+    hooks.remove()
+    step_in_backward(second)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    second.step()
+
+
+def test_a_loop_that_is_not_the_trainers_is_told_what_to_call(tmp_path):
+    model, tokens = build_llama(), batches(1)[0]
+    args = TrainingArguments(**trainer_settings(output_dir=str(tmp_path), optim=NAME, optim_args="rank=4"))
+    cls, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    optimizer = cls([{"params": list(model.parameters())}], **settings)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    before = parameters_to_vector(model.parameters()).clone()
+    with pytest.raises(RuntimeError, match=r"step_in_backward\(optimizer\)"):
+        optimizer.step()
+    assert torch.equal(parameters_to_vector(model.parameters()), before)
+    optimizer.zero_grad()
+    step_in_backward(optimizer)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    assert not torch.equal(parameters_to_vector(model.parameters()), before)
+
+
 def test_another_optimizer_is_refused(make_trainer):
     model = build_llama()
     trainer = make_trainer(model, optim=NAME, optimizers=(torch.optim.SGD(model.parameters()), None))

@@ -365,3 +365,57 @@ def test_products_of_the_optimizer_are_fp32_whatever_the_training_allows(reduce,
             one.fp32_precision = precision
     assert before[0] == "tf32" and seen and all(set(one) <= {"ieee", "none"} for one in seen)
     assert torch.equal(*weights) and not torch.equal(weights[0], weight((128, 96)))
+
+
+def test_memory_that_runs_out_as_states_are_made_has_written_nothing(monkeypatch):
+    """As with auto_find_batch_size, which tries again with a smaller batch from the same weights."""
+
+    def build():
+        matrix, vector = weight((12, 8)), weight((5,))
+        matrix.grad, vector.grad = torch.ones(12, 8), torch.ones(5)
+        return FiraAdamW([{"params": [matrix], "rank": 2}, {"params": [vector]}], lr=1e-2), matrix, vector
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    optimizer, *weights = build()
+    before = [p.detach().clone() for p in weights]
+    with monkeypatch.context() as patched:
+        patched.setattr(optimizer, "_create_dense", fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step()
+    assert all(map(torch.equal, weights, before))
+    optimizer.step()
+    other, *expected = build()
+    other.step()
+    assert all(map(torch.equal, weights, expected))
+
+
+def test_a_step_is_made_on_the_device_of_each_weight(monkeypatch):
+    """Triton launches on the current device: with device_map="auto" a weight may be on another one."""
+    current, seen = [], []
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            current.append(self.device)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    class Elsewhere(torch.nn.Parameter):
+        device = property(lambda self: torch.device("cuda", self.number))
+
+    weights = [Elsewhere(weight((12, 8)).detach()) for _ in range(2)]
+    for number, p in enumerate(weights):
+        p.number, p.grad = number, torch.ones(12, 8)
+    optimizer = fira(*weights, projection="power", rank=2)
+    inner = F.apply_updates
+    monkeypatch.setattr(F, "apply_updates", lambda *args: (seen.append(list(current)), inner(*args)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr("fira_hf.matrices._operations", lambda device: F)
+    optimizer.step()
+    assert seen == [[torch.device("cuda", 0)], [torch.device("cuda", 1)]]

@@ -252,6 +252,15 @@ def test_engines_that_cannot_work_are_refused(tmp_path, settings, words):
         Trainer.get_optimizer_cls_and_kwargs(args, build_llama())
 
 
+def test_deepspeed_is_refused_where_it_makes_the_optimizer_itself(make_trainer):
+    """As where its configuration has an optimizer: then the Trainer asks nobody which one is wanted."""
+    trainer = make_trainer(optim="fira", optim_args="rank=8")
+    trainer.create_optimizer = lambda *_: pytest.fail("training began")
+    trainer.args.deepspeed = {"optimizer": {"type": "AdamW"}}
+    with pytest.raises(ValueError, match="does not run under DeepSpeed"):
+        trainer.train()
+
+
 @pytest.mark.parametrize(("version", "refused"), [(None, True), ("1", True), ("2", False)])
 def test_of_what_accelerate_launch_says_only_fsdp2_is_taken(tmp_path, monkeypatch, version, refused):
     args = fira_args(tmp_path, optim_args="rank=8")

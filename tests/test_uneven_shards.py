@@ -31,14 +31,20 @@ for _ in range(2):
     warm_up.step()
 assert optimizer.state[head]["step"] == 2
 
-# The experts of one process get no token in the first steps.
-experts = torch.nn.Parameter(sharded(torch.randn(4, 12, 8)))
-optimizer = FiraAdamW([{"params": [experts], "rank": 2}], lr=1e-3)
-for step in range(4):
-    gradients = torch.randn(4, 12, 8)
-    gradients[2:] *= step > 1
-    experts.grad = sharded(gradients)
-    optimizer.step()
+# The experts of one process get no token in the first steps. They are no replicas of the other's, whatever group is set.
+trained = []
+for group in (None, dist.group.WORLD):
+    torch.manual_seed(1)
+    experts = torch.nn.Parameter(sharded(torch.randn(4, 12, 8)))
+    optimizer = FiraAdamW([{"params": [experts], "rank": 2, "update_proj_gap": 2}], lr=1e-3)
+    optimizer.process_group = group
+    for step in range(4):
+        gradients = torch.randn(4, 12, 8)
+        gradients[2:] *= step > 1
+        experts.grad = sharded(gradients)
+        optimizer.step()
+    trained.append(experts.full_tensor())
+assert torch.equal(*trained)
 calls = [None, None]
 dist.all_gather_object(calls, optimizer.state[experts]["calls"])
 assert calls[0] == calls[1] == 3, calls  # a checkpoint has one count for all
