@@ -31,7 +31,7 @@ for _ in range(2):
     warm_up.step()
 assert optimizer.state[head]["step"] == 2
 
-# The experts of one process get no token in the first steps. They are no replicas of the other's, whatever group is set.
+# The experts of one process get no token in the first steps. They are no replicas of the other's, whatever the group.
 trained = []
 for group in (None, dist.group.WORLD):
     torch.manual_seed(1)

@@ -162,7 +162,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "equal": {"rank": 16, "choose": "equal"},
     "equal-one-scale": {"rank": 16, "choose": "equal", "together": True},
     "fixed": {"rank": 16},
-    "fixed at 18": {"rank": 18},  # the bytes of "equal-one-scale" at its peak
     "equal-steps-alone": {"rank": 16, "choose": "equal", "steps_alone": True},
     "kinds-one-scale": {"rank": 16, "choose": BY_KIND, "together": True},
 }
