@@ -31,13 +31,13 @@ from fira_hf.subspace import leading_eigenvectors
 from recipes import files, measure
 from recipes.benchmarks.optimizers import QUALITY
 from recipes.benchmarks.quality import train as quality
-from recipes.benchmarks.quality.train import POINTS, Data, Regime, load, validate
+from recipes.benchmarks.quality.train import Data, Regime, load, validate
 from recipes.pretraining.settings import EMBEDDED
 
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 KINDS = ATTENTION + MLP  # the matrices of a layer, in the model's order
 SHOWN = (1, 2, 4, 8, 16, 32, 64)  # the ranks of which the energy is recorded
-EARLY = (1, 10, 20)
+RECORDED = (1, 10, 50, 100)  # the steps after which ranks and energies are recorded
 DEFAULT = {"alpha": 1.0, "gamma": 2.0, "adjust_lr": "match_rms_adamw"}
 DEFAULT_ROW = {"choose": "fixed", "least": 4, "most": 64, "every": 4, "together": False, "steps_alone": False}
 
@@ -183,7 +183,6 @@ def run(
     """`keep` is given the figures so far at each evaluation; the run ends at the first one after `stop` steps."""
     settings = DEFAULT | {key: value for key, value in row.items() if key != "rank"}
     method = {"optimizer": "adaptive", "rank": row["rank"], "interval": 10, "settings": settings}
-    points = {math.ceil(regime.steps * point / POINTS) for point in range(1, POINTS + 1)}
     sizes: list[int] = []
     history: list[float] = []
     seen: dict[str, dict[str, Any]] = {"ranks": {}, "shares": {}}
@@ -191,7 +190,7 @@ def run(
 
     def watch(step: int, optimizer: AdaptiveFira, matrices: list[nn.Parameter]) -> None:
         sizes.append(measure.state_bytes(optimizer))
-        if step + 1 in points or step + 1 in EARLY:
+        if step + 1 in RECORDED:
             seen["ranks"][str(step + 1)] = [group["rank"] for group in optimizer.param_groups]
             shares = [optimizer.shares_of(p, SHOWN).tolist() for p in matrices]
             seen["shares"][str(step + 1)] = [[round(share, 4) for share in of] for of in shares]
