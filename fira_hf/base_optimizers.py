@@ -83,7 +83,7 @@ def orthogonalized(X: Tensor, add: Add = None) -> Tensor:
     gram = X.mT @ X
     gram = gram if add is None else add(gram)
     square = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_(min=TINY).view(-1, 1, 1)
-    A, eye = gram / square, torch.eye(X.shape[2], device=X.device).expand_as(gram)
+    A, eye = gram / square, torch.eye(X.shape[2], dtype=X.dtype, device=X.device).expand_as(gram)
     whole, a_eye = eye, a * eye
     for _ in range(NEWTON_SCHULZ_STEPS):
         factor = torch.baddbmm(A, A, A, beta=b, alpha=c).add_(a_eye)

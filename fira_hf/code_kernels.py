@@ -157,7 +157,7 @@ def _blocks(rank: int) -> tuple[int, int]:
 def decode(stored: Sequence[Tensor], scales: Sequence[Tensor], code: Code) -> Tensor:
     """See `codes.decode`: of each matrix, (B, rows, r) fp32."""
     rows, rank = stored[0].shape
-    out = torch.empty(len(stored), rows, rank, device=stored[0].device)
+    out = torch.empty(len(stored), rows, rank, dtype=torch.float32, device=stored[0].device)
     block_l, block_r = _blocks(rank)
     if rows:
         _decode_kernel[triton.cdiv(rows, block_l), len(stored)](

@@ -153,7 +153,7 @@ class Shards:
 
     def _iterate(self, G: Tensor, Q: Tensor, short: int) -> Tensor:
         """G^T G Q up to a factor, (short, r)."""
-        P = product(G, self.own_columns(Q, short), torch.empty(len(G), Q.shape[1], device=G.device))
+        P = product(G, self.own_columns(Q, short), Q.new_empty(len(G), Q.shape[1], dtype=torch.float32))
         if not self.is_tall:
             self.add(P)
         return self._whole(transposed_product(G, P.div_(self._largest(P))), short)

@@ -51,22 +51,16 @@ BLOCK = 2**20
 @contextmanager
 def fp32_products() -> Iterator[None]:
     """Products of fp32 are made in fp32, whatever the training allows: TF32 by TrainingArguments(tf32=True), bf16 by
-    torch.set_float32_matmul_precision("medium"). A basis that is found in less is not orthonormal.
-
-    Tensors that are made without a dtype are fp32 as well, whatever torch.set_default_dtype says.
-    """
+    torch.set_float32_matmul_precision("medium"). A basis that is found in less is not orthonormal."""
     backends: Any = torch.backends
     of_devices = (backends.cuda.matmul, backends.mkldnn.matmul)
     reduced = [one for one in of_devices if one.fp32_precision not in ("ieee", "none")]
     before = [one.fp32_precision for one in reduced]
-    default = torch.get_default_dtype()
     for one in reduced:
         one.fp32_precision = "ieee"
-    torch.set_default_dtype(torch.float32)
     try:
         yield
     finally:
-        torch.set_default_dtype(default)
         for one, precision in zip(reduced, before, strict=True):
             # "none" follows torch.backends.fp32_precision, as it did if the two are alike.
             one.fp32_precision = "none" if precision == backends.fp32_precision else precision
@@ -118,7 +112,7 @@ def within(Q: range, short: int) -> tuple[slice, slice]:
 
 def project(grads: Sequence[Tensor], bases: Sequence[Basis]) -> tuple[Tensor, Tensor]:
     """R = G Q, (B, long, r), and the norms of the rows of G, (B, long, 1), both fp32."""
-    R = torch.empty(len(grads), len(grads[0]), rank_of(bases[0]), device=grads[0].device)
+    R = grads[0].new_empty(len(grads), len(grads[0]), rank_of(bases[0]), dtype=torch.float32)
     for G, Q, out in zip(grads, bases, R, strict=True):
         product(G, Q, out)
     return R, torch.stack([row_norms(G) for G in grads])
@@ -147,7 +141,7 @@ def transposed_product(G: Tensor, P: Tensor) -> Tensor:
     """G^T P in fp32, (short, r)."""
     if G.dtype == torch.float32:
         return G.t() @ P
-    Y = torch.zeros(G.shape[1], P.shape[1], device=G.device)
+    Y = P.new_zeros(G.shape[1], P.shape[1])
     for rows, part in zip(row_blocks(G), row_blocks(P, like=G), strict=True):
         Y.addmm_(rows.float().t(), part)
     return Y

@@ -13,18 +13,20 @@ from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, unknown_name
 from .distributed import local
 from .int8 import is_int8
 from .rules import PACKED, check_update, normalised
+from .state import DTYPES
 from .whole import GROUP
 
 ADAM_SETTINGS = ("lr", "betas", "eps", "weight_decay")
 GENERAL = (*ADAM_SETTINGS, *SHARED_DEFAULTS)
 VALID = (*GENERAL, "rank", *PROJECTED_DEFAULTS)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # What torch itself and its schedulers write into groups.
 OF_TORCH = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
 # Further settings of torch's AdamW, which FiraAdamW has not. At these values they mean nothing; torch, or code that is
 # written for AdamW, may have put them into a group.
 OF_ADAMW = {k: v for k, v in torch.optim.AdamW([torch.zeros(1)]).defaults.items() if k not in ADAM_SETTINGS}
+# What is looked at again where somebody has edited a group. (Adam's own settings change by schedules: always.)
+WATCHED = (set(VALID) | OF_ADAMW.keys()) - set(ADAM_SETTINGS)
 # Settings of galore_torch, apollo_torch and fira that have another name here, or none.
 OF_PEERS = {"scale": "alpha", "proj_type": None, "proj": None, "scale_type": None}
 
@@ -80,7 +82,7 @@ def dimensions_of(group: dict[str, Any]) -> tuple[int, ...]:
 
 def check_weight(p: Tensor, group: dict[str, Any]) -> None:
     """Raises ValueError if this group cannot train the weight as it is now."""
-    if p.dtype not in DTYPES:
+    if p.dtype not in DTYPES and p.requires_grad:
         raise ValueError(
             f"Parameter group: {name_of(p, group)} is of dtype {p.dtype}, but FiraAdamW trains only "
             f"{', '.join(map(str, DTYPES))}: convert the model."
@@ -129,7 +131,8 @@ def check_weight(p: Tensor, group: dict[str, Any]) -> None:
 def name_of(p: Tensor, group: dict[str, Any]) -> str:
     """What to call a weight of the group in an error."""
     index = next(i for i, other in enumerate(group["params"]) if other is p)
-    return group["param_names"][index] if "param_names" in group else f"parameter {index} of its group"
+    names = group.get("param_names", [])
+    return names[index] if index < len(names) else f"parameter {index} of its group"
 
 
 def name_parameters(group: dict[str, Any], first: int) -> None:

@@ -122,7 +122,8 @@ def encode(values: Tensor, scales: Tensor, draws: torch.Generator) -> tuple[Tens
     values.div_(scales.float())
     codes = values.floor()
     # The fraction is exact, and that of a value that has not moved is zero.
-    codes.add_(torch.rand(values.shape, device=values.device, generator=draws) < values.sub_(codes))
+    noise = torch.rand(values.shape, dtype=values.dtype, device=values.device, generator=draws)
+    codes.add_(noise < values.sub_(codes))
     return codes.clamp_(-MOST, MOST).to(torch.int8), scales
 
 

@@ -97,7 +97,7 @@ class StepInBackward:
             elif p.grad is not None:
                 norms.append(torch.linalg.vector_norm(p.grad))
         if not norms:
-            return torch.zeros(())
+            return torch.zeros((), dtype=torch.float32)
         return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
     @torch.no_grad()

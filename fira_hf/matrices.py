@@ -122,7 +122,7 @@ class Matrix:
         if "residual_norm" not in self.state:
             new = create_state(self.parameter, group, self.state)
             self.state.update(new)
-            self.state.refresh_in = new.refresh_in
+            vars(self.state).update(vars(new))
         self.refresh_in = 0
         if Q is not None:
             self.write("basis", Q)

@@ -14,13 +14,14 @@ from torch.distributed.tensor import DTensor
 
 from . import base_optimizers, int8
 from . import functional as F
-from .checkpoint import check_checkpoint, pairs
+from .checkpoint import IMPLEMENTATION, check_checkpoint, pairs
 from .config import FiraConfig
 from .distributed import agree, local, sharded_like, shards_of
-from .groups import check_group, check_weight, dimensions_of, name_of, name_parameters
+from .groups import ADAM_SETTINGS, WATCHED, check_group, check_weight, dimensions_of, name_of, name_parameters
 from .matrices import Matrix, batches, current_device, matrices_of, operations
 from .projected import step_projected
 from .refresh import refresh
+from .rules import normalised
 from .state import (
     OF_MOMENTS,
     create_state,
@@ -111,6 +112,8 @@ class FiraAdamW(torch.optim.Optimizer):
         # Where set, each step adds what `pop_statistics` averages, at the price of a few scalar operations a matrix.
         self.track_statistics = False
         self._sums: dict[torch.device, Tensor] = {}
+        # The settings of groups, by identity, as they were when they were last checked.
+        self._checked: dict[int, dict[str, Any]] = {}
         # Replicas that hold the same weights and get the same gradients, as under DDP: each basis is found by one of
         # them and broadcast. None: every process finds all bases.
         self.process_group: ProcessGroup | None = None
@@ -123,9 +126,9 @@ class FiraAdamW(torch.optim.Optimizer):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("config", "summary", "track_statistics", "_sums")
+        own = {name: getattr(self, name) for name in ("config", "summary", "track_statistics", "_sums")}
         # Processes are not part of what is copied or pickled.
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "process_group": None}
+        return {**super().__getstate__(), **own, "_checked": {}, "process_group": None}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if any("param_names" in group for group in self.param_groups):
@@ -166,10 +169,16 @@ class FiraAdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: a gradient is sparse, or of another shape, dtype or device than its weight, or the state is,
                 or the weight is sharded in a way that cannot be projected.
-            ValueError: the group cannot train the weight, whose dtype or shape has changed.
+            ValueError: the group cannot train the weight, whose dtype or shape has changed, or a setting that was
+                assigned to the group is unknown or not valid.
         """
-        if isinstance(group["lr"], Tensor):  # assigned since: its number is kept, as in the constructor
-            group["lr"] = group["lr"].item()
+        # What has been assigned since is checked, and kept, as in the constructor.
+        if self._checked.get(id(group)) != {name: group[name] for name in WATCHED & group.keys()}:
+            check_group(group)
+            self._checked[id(group)] = {name: group[name] for name in WATCHED & group.keys()}
+        for name in ADAM_SETTINGS:
+            group[name] = normalised(name, group[name])
+        group["betas"] = tuple(group["betas"])
         for p in parameters:
             if p.grad is not None and p.grad.is_sparse:
                 raise RuntimeError("FiraAdamW does not take sparse gradients: use sparse=False in the embedding.")
@@ -218,6 +227,8 @@ class FiraAdamW(torch.optim.Optimizer):
             is_shared = isinstance(p, DTensor) and p.ndim == 3 and not group.get("convolution")
             if "rank" not in group or is_shared or state.begun:
                 state["calls"] += 1
+            if "rank" in group:
+                state.follow_interval(group["update_proj_gap"])
         if "rank" not in group:
             for p in parameters:
                 if not self.state.get(p):
@@ -297,9 +308,11 @@ class FiraAdamW(torch.optim.Optimizer):
         torch._foreach_add_(steps, [made.to(step.device) for step in steps])
 
     def _create_dense(self, p: Any, group: dict[str, Any], first: dict[str, Any]) -> None:
-        zeros = torch.zeros_like(local(p.detach()), dtype=state_dtype_of(group["state_dtype"]))
-        moments = {name: sharded_like(p, zeros.clone(), p.shape) for name in base_optimizers.MOMENTS["adamw"]}
-        self.state[p] = {"step": torch.zeros((), device=zeros.device), **moments, **first}
+        weight, dtype = local(p.detach()), state_dtype_of(group["state_dtype"])
+        # No copies of one tensor of zeros, of which torch.compile would make one tensor.
+        names = base_optimizers.MOMENTS["adamw"]
+        moments = {name: sharded_like(p, torch.zeros_like(weight, dtype=dtype), p.shape) for name in names}
+        self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=weight.device), **moments, **first}
 
     def _add_statistics(
         self, G_norm: Tensor, R_norm: Tensor, low_norm: Tensor, residual: Tensor, c: Tensor, active: Tensor | None
@@ -337,7 +350,7 @@ class FiraAdamW(torch.optim.Optimizer):
             hook.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state as saved, in the dtype in which it was saved (torch would cast it to that of the weight).
+        """Loads a state as saved, in the dtypes of `state_dtype` (torch would cast it to that of the weight).
 
         As everywhere in torch, lr, betas, eps and weight_decay come from the checkpoint. Hooks that others have
         registered may change it before, or the state after, as with torch's own optimizers.
@@ -355,6 +368,8 @@ class FiraAdamW(torch.optim.Optimizer):
 
         def restore(_: Any) -> None:
             for group, before in zip(self.param_groups, own, strict=True):
+                for name in IMPLEMENTATION:
+                    group.pop(name, None)  # how AdamW makes its step means nothing here
                 for name, value in before.items():
                     group.setdefault(name, value)  # AdamW does not save all of them
                 group["betas"] = tuple(group["betas"])
@@ -392,7 +407,9 @@ def _products_on(p: Tensor) -> Iterator[None]:
 
 
 def _as_saved(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    def saved(state: dict[str, Any]) -> dict[str, Any]:
+    def saved(state: Any) -> Any:
+        if not isinstance(state, dict):
+            return state  # what others keep there, as torch allows
         # torch.distributed sends a tensor as it lies in memory, and a basis lies there column by column.
         return {name: value.contiguous() if name == "basis" else value for name, value in state.items()}
 

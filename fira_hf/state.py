@@ -19,25 +19,44 @@ from .codes import CODES, SCALE
 from .distributed import local, own_of_stack, sharded_like, shards_of
 from .rules import PACKED
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of weights and gradients
+
 # What is rounded at random in a step, as `use` of a seed: 0 is the weight; then the moments by number, in the update
 # and in a change of basis before it.
 OF_MOMENTS, OF_REFRESH = 1, 4
 
 
 class State(dict[str, Any]):
-    """The state of a projected parameter: its entries are saved, its attribute is not.
+    """The state of a projected parameter: its entries are saved, its attributes are not.
 
     refresh_in: calls of `step()` that can pass before the basis may be due; None for a matrix that has no basis yet. A
-    list of these for a stack, or a matrix in parts.
+    list of these for a stack, or a matrix in parts. interval: the `update_proj_gap` by which that was counted.
+    made_with: the settings of the group that decide what the state holds.
     """
 
     refresh_in: Any = None
+    interval: int | None = None
+    made_with: dict[str, Any] | None = None
 
     @property
     def begun(self) -> bool:
         """Whether a matrix of it has a basis."""
         places = self.refresh_in if isinstance(self.refresh_in, list) else [self.refresh_in]
         return any(place is not None for place in places)
+
+    def belongs_to(self, group: Mapping[str, Any]) -> None:
+        """Notes by which settings it was made."""
+        self.interval, self.made_with = group["update_proj_gap"], {name: group[name] for name in OF_SHAPES}
+
+    def follow_interval(self, interval: int) -> None:
+        """Where the interval has changed, bases may be due before they were thought to be: the next call looks."""
+        if interval == self.interval:
+            return
+        self.interval, places = interval, self.refresh_in
+        if isinstance(places, list):
+            self.refresh_in = [None if place is None else 0 for place in places]
+        elif places is not None:
+            self.refresh_in = 0
 
 
 def first_states(param_groups: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
@@ -140,11 +159,19 @@ def _kept_tensors(shape: tuple[int, ...], *of_group: Any) -> dict[str, Kept]:
     return {**kept, "step": Kept(stack, torch.float32), "residual_norm": Kept(stack, torch.float32)}
 
 
+def dtypes_of(p: Any, group: Mapping[str, Any]) -> dict[str, torch.dtype]:
+    """Of the tensors in the state of a weight, projected or not, by name."""
+    if "rank" in group:
+        return {name: kept.dtype for name, kept in kept_tensors(p.shape, group).items()}
+    return {**dict.fromkeys(MOMENTS["adamw"], state_dtype_of(group["state_dtype"])), "step": torch.float32}
+
+
 def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> State:
     """The state of a projected parameter, with no basis yet; `first` is its entry in `first_states`."""
     shards, device = shards_of(p, *of_layout(group)), local(p.data).device
     of_part, is_stack = kept_tensors(local(p.data).shape, group), p.ndim == 3 and not group["convolution"]
     state = State(first)
+    state.belongs_to(group)
     if group["convolution"]:
         state["channels_last"] = views.is_channels_last(local(p.data))
     for name, kept in kept_tensors(p.shape, group).items():
@@ -164,16 +191,19 @@ def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> State:
 
 
 def loaded_state(p: Any, saved: dict[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a saved state on the weight's device, in the dtypes in which it was saved."""
-    device, state = local(p.data).device, State()
+    """A copy of a saved state on the weight's device, in the dtypes that its group's `state_dtype` says."""
+    device, state, dtypes = local(p.data).device, State(), dtypes_of(p, group)
     for name, value in saved.items():
         if isinstance(value, Tensor):
+            if value.is_floating_point() and name in dtypes:
+                value = value.to(dtypes[name])
             is_basis = name == "basis" and value.is_floating_point()  # and no codes, which are decoded
             value = F.column_major(value.to(device)) if is_basis else value.to(device, copy=True)
             if "residual_norm" in saved and not is_basis:  # else as its weight lies
                 value = value.contiguous()
         state[name] = value
     if "residual_norm" in state:
+        state.belongs_to(group)
         state.refresh_in = _refresh_in(p, saved, p.ndim == 3 and not group["convolution"])
     return state
 
@@ -231,12 +261,14 @@ def misfit(p: Any) -> str | None:
     data = local(p.data)
     if data.device.type == "meta":
         return "has no data, it is on the meta device"
+    if any(stride == 0 and size > 1 for stride, size in zip(data.stride(), data.shape, strict=True)):
+        return "is expanded, so that several of its numbers are one in memory"
     if p.grad is None:
         return None
     grad = local(p.grad)
     if p.grad.shape != p.shape or grad.shape != data.shape:
         return f"has a gradient of another shape, {tuple(p.grad.shape)}"
-    if grad.device != data.device or grad.layout != torch.strided or not grad.dtype.is_floating_point:
+    if grad.device != data.device or grad.layout != torch.strided or grad.dtype not in DTYPES:
         kind = f"{grad.dtype}, {grad.layout}, on {grad.device}"
         return f"is on {data.device} and has a gradient of another kind ({kind})"
     return None
@@ -251,14 +283,22 @@ def state_misfit(p: Any, state: Mapping[str, Any], group: Mapping[str, Any], els
         return None
     if "rank" in group:
         if not isinstance(state, State) and not elsewhere:
+            if "residual_norm" not in state:
+                return "has the state of a weight that is not projected, and its group has a rank now"
             return (
                 "has a state that was loaded past load_state_dict (with ZeroRedundancyOptimizer, let each process "
                 "save optimizer.optim.state_dict() and load it by optimizer.optim.load_state_dict())"
             )
+        made_with = state.made_with if isinstance(state, State) and state.made_with else {}
+        for name, value in made_with.items():
+            if value != group[name]:
+                return (
+                    f"has a state that was made with {name}={value!r}, and its group says {name}={group[name]!r} now"
+                )
         shapes = {name: kept.shape for name, kept in kept_tensors(p.shape, group).items()}
     else:
         shapes = {**dict.fromkeys(MOMENTS["adamw"], tuple(p.shape)), "step": ()}
-    device = local(p.data).device
+    device, dtypes = local(p.data).device, dtypes_of(p, group)
     for name, shape in shapes.items():
         value = state.get(name)
         if not isinstance(value, Tensor):
@@ -266,6 +306,12 @@ def state_misfit(p: Any, state: Mapping[str, Any], group: Mapping[str, Any], els
         if value.shape != shape:
             kept = f"{name} is {tuple(value.shape)}, not {tuple(shape)}"
             return f"has the optimizer state of a weight of another shape ({kept})"
+        can_be_cast = elsewhere and value.is_floating_point() and dtypes[name].is_floating_point
+        if value.dtype != dtypes[name] and not can_be_cast:
+            return (
+                f"has {name} of its optimizer state in {value.dtype}, where state_dtype={group['state_dtype']!r} "
+                f"keeps it in {dtypes[name]}"
+            )
         if not elsewhere and value.device != device:
             return (
                 f"is on {device}, but {name} of its optimizer state on {value.device} (which moves by "

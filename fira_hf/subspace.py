@@ -88,7 +88,7 @@ def sketch(grads: Sequence[Tensor], rank: int, previous: Sequence[Tensor | None]
 
 def random_sums(G: Tensor, signs: Tensor, r: int) -> Tensor:
     """(r, columns) fp32: row i of G, times its sign (rows, 1), goes into sum i mod r."""
-    sums = torch.zeros(r, G.shape[1], device=G.device)
+    sums = torch.zeros(r, G.shape[1], dtype=torch.float32, device=G.device)
     for rows, sign in zip(G.split(r), signs.split(r), strict=True):
         sums[: len(rows)].addcmul_(rows, sign)
     return sums
@@ -109,7 +109,7 @@ def _generator(device: torch.device, seed: int) -> torch.Generator:
 
 def _iterate(G: Tensor, Q: Tensor) -> Tensor:
     """G^T G Q up to a factor, (short, r) fp32; for a G of any size whose norm is finite in fp32."""
-    P = product(G, Q, torch.empty(len(G), Q.shape[1], device=G.device))
+    P = product(G, Q, G.new_empty(len(G), Q.shape[1], dtype=torch.float32))
     P.div_(P.abs().amax().clamp_(min=TINY))
     return transposed_product(G, P)
 
@@ -141,7 +141,7 @@ def refine(
 
 def draw(shape: torch.Size | tuple[int, int], device: torch.device, seed: int) -> Tensor:
     """A random matrix, fp32."""
-    return torch.randn(shape, device=device, generator=_generator(device, seed))
+    return torch.randn(shape, dtype=torch.float32, device=device, generator=_generator(device, seed))
 
 
 def cholesky_qr(Y: Tensor, previous: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -155,7 +155,7 @@ def cholesky_qr(Y: Tensor, previous: Tensor | None = None) -> tuple[Tensor, Tens
     shifts: tuple[float, ...] = (0.0, 0.0)
     if previous is not None:
         Q, shifts = Q.add_(previous, alpha=FILL), (SHIFT, 0.0, 0.0)
-    eye = torch.eye(Y.shape[-1], device=Y.device).expand(len(Y), -1, -1)
+    eye = torch.eye(Y.shape[-1], dtype=Y.dtype, device=Y.device).expand(len(Y), -1, -1)
     for shift in shifts:
         # cholesky_ex does not raise: what it could not factorise shows in the last Gram matrix. A product with the
         # inverse of the small factor takes half as long as solving for all of Q.

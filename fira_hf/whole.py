@@ -144,7 +144,7 @@ def project(
     grads: Sequence[Tensor], moments: Sequence[Whole], bases: Sequence[F.Basis], beta: float
 ) -> tuple[Tensor, Tensor]:
     """Z = X Q, (B, long, r), and the norms of the rows of X and of G, (B, long, 2), both fp32. Writes nothing."""
-    Z = torch.empty(len(grads), len(grads[0]), F.rank_of(bases[0]), device=grads[0].device)
+    Z = grads[0].new_empty(len(grads), len(grads[0]), F.rank_of(bases[0]), dtype=torch.float32)
     norms = Z.new_empty(len(grads), Z.shape[1], 2)
     for i, (G, M, Q) in enumerate(zip(grads, moments, bases, strict=True)):
         for rows in _blocks(G):

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import shutil
 
 import pytest
 import torch
@@ -62,6 +63,8 @@ def assert_refused(optimizer, *words):
 def equal(one, other):
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(equal, one, other))
     if torch.is_tensor(one):
         return one.device == other.device and (one.is_meta or torch.equal(one, other))
     return one == other
@@ -154,11 +157,151 @@ def test_a_state_that_was_set_by_other_means(kind, missing):
     assert_refused(optimizer, name)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("rank", 2), ("base_optimizer", "adafactor"), ("split", 2)])
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("rank", 2),
+        ("base_optimizer", "adafactor"),
+        ("split", 2),
+        ("projection", "columns"),
+        ("state_dtype", "bfloat16"),
+        ("state_dtype", "int8"),
+    ],
+)
 def test_a_setting_of_a_group_that_the_state_does_not_fit(setting, value):
     optimizer, _, p = begun("projected")
+    before = optimizer.param_groups[1][setting]
     optimizer.param_groups[1][setting] = value
-    assert_refused(optimizer, "state")
+    assert_refused(optimizer, f"made with {setting}={before!r}", f"says {setting}={value!r}")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("scaling", "row"),
+        ("moments", "rotate"),
+        ("adjust_lr", "match"),
+        ("projection", "powr"),
+        ("update_proj_gap", 0),
+        ("stochastic_rounding", "yes"),
+        ("alpha", -1.0),
+        ("gamma", 0.5),
+        ("residual", "papr"),
+        ("maximize", True),
+        ("amsgrad", True),
+        ("lr", float("nan")),
+        ("eps", -1.0),
+        ("betas", 0.9),
+        ("weight_decay", "0.1"),
+    ],
+)
+def test_a_setting_that_is_assigned_is_checked_before_anything_is_written(setting, value):
+    """The group before it is not stepped either."""
+    optimizer, *_ = begun("projected")
+    before = everything(optimizer)
+    optimizer.param_groups[1][setting] = value
+    with pytest.raises(ValueError, match=setting):
+        optimizer.step()
+    assert all(map(equal, before, everything(optimizer)))
+
+
+def test_a_rank_that_comes_to_a_group_or_goes_from_it_is_refused():
+    for kind, change in (
+        ("dense", lambda group: group.update(rank=4)),
+        ("projected", lambda group: group.pop("rank")),
+    ):
+        optimizer, *_ = begun(kind)
+        change(optimizer.param_groups[1])
+        with pytest.raises((RuntimeError, ValueError), match="has a rank now|without 'rank'"):
+            optimizer.step()
+
+
+def test_another_interval_counts_from_the_next_step():
+    """In a run that goes on as in one that is resumed."""
+    bases = []
+    for is_resumed in (False, True):
+        p = weight(SHAPE)
+        optimizer = FiraAdamW([{"params": [p], "rank": 4, "update_proj_gap": 200, "refresh": "together"}])
+        seen = []
+        for t, gradient in enumerate(random_gradients(SHAPE, 12)):
+            if t == 3:
+                optimizer.param_groups[0]["update_proj_gap"] = 4
+                if is_resumed:
+                    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            p.grad = gradient
+            optimizer.step()
+            seen.append(optimizer.state[p]["basis"].clone())
+        bases.append(seen)
+    assert all(map(torch.equal, *bases))
+    changes = [t for t in range(1, 12) if not torch.equal(bases[0][t - 1], bases[0][t])]
+    assert changes == [4, 8]
+
+
+@pytest.mark.parametrize("kind", ["dense", "projected"])
+@pytest.mark.parametrize(("saved_as", "state_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_saved_state_is_loaded_in_the_dtype_that_state_dtype_says(kind, saved_as, state_dtype):
+    """As that of torch's AdamW on bf16 weights: rounded to the nearest, moments in bf16 would stand still, and a count
+    would at 256."""
+    optimizer, _, p = begun(kind, state_dtype=state_dtype)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for state in saved["state"].values():
+        for name, value in state.items():
+            if torch.is_tensor(value):
+                state[name] = value.to(getattr(torch, saved_as))
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    state = optimizer.state[p]
+    assert state["exp_avg_sq"].dtype == getattr(torch, state_dtype) and state["step"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["dense", "projected"])
+def test_a_gradient_that_no_step_can_be_made_of(kind):
+    optimizer, _, p = begun(kind)
+    p.grad_dtype = None
+    p.grad = p.grad.double()
+    assert_refused(optimizer, "torch.float64")
+    optimizer, _, p = begun(kind)
+    p.data = p.data[:1].expand_as(p.data)
+    assert_refused(optimizer, "expanded")
+
+
+def test_what_others_keep_in_the_state_is_saved():
+    optimizer, *_ = begun("projected")
+    optimizer.state["epoch"] = 3
+    assert optimizer.state_dict()["state"]["epoch"] == 3
+
+
+def test_frozen_weights_of_any_dtype_may_be_in_a_group():
+    """As the base of a model in 4 bits, with `FiraAdamW(model.parameters())`."""
+    frozen, p = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False), weight(SHAPE)
+    optimizer = FiraAdamW([{"params": [p, frozen], "rank": 4}])
+    p.grad = gradients(SHAPE, 1)[0]
+    optimizer.step()
+
+
+def test_a_weight_that_was_added_to_a_group_by_hand_has_a_name_in_errors():
+    optimizer, *_ = begun("projected")
+    p = weight(SHAPE)
+    optimizer.param_groups[1]["params"].append(p)
+    p.grad = gradients(SHAPE, 1)[0]
+    optimizer.step()
+    p.data, p.grad = torch.ones(20, 8), None
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="parameter 1 of its group"):
+        optimizer.step()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_step_makes_the_states_of_an_ordinary_one():
+    """A compiler may make one tensor of two copies of the same zeros."""
+    weights = [nn.Parameter(torch.ones(8)) for _ in range(2)]
+    optimizers = [FiraAdamW([p], lr=1e-2) for p in weights]
+    steps = [torch.compile(optimizers[0].step), optimizers[1].step]
+    for gradient in random_gradients((8,), 3):
+        for p, step in zip(weights, steps, strict=True):
+            p.grad = gradient.clone()
+            step()
+    torch.testing.assert_close(*weights)
 
 
 @of_kinds

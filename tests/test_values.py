@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 
 from conftest import build_llama, trainer_settings
 from fira_hf import FiraAdamW, FiraConfig
+from fira_hf import functional as F
 from fira_hf.optim_args import parse_optim_args
 from fira_hf.rules import RULES
 from fira_hf.trainer import config_from_args
@@ -132,7 +133,7 @@ def test_a_tensor_assigned_as_learning_rate_is_read_and_left_alone():
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("settings", [{}, {"projection": "columns"}, {"state_dtype": "int8"}])
-def test_the_default_dtype_of_torch_decides_nothing(default, settings):
+def test_the_default_dtype_of_torch_decides_nothing(default, settings, monkeypatch):
     starts = [weight(shape).detach() for shape in [(24, 16), (5,)]]
 
     def train():
@@ -144,11 +145,13 @@ def test_the_default_dtype_of_torch_decides_nothing(default, settings):
             optimizer.step()
         return [p, vector, *(x for of in optimizer.state.values() for x in of.values() if torch.is_tensor(x))]
 
-    expected = train()
+    expected, inside, inner = train(), [], F.are_usable
+    # Other threads see the default as well: it is left alone during a step, too.
+    monkeypatch.setattr(F, "are_usable", lambda *args: (inside.append(torch.get_default_dtype()), inner(*args))[1])
     torch.set_default_dtype(default)
     try:
         found = train()
-        assert torch.get_default_dtype() == default
+        assert set(inside) == {default}
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
