@@ -6,8 +6,8 @@ import functools
 import importlib.util
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -276,9 +276,21 @@ def operations(p: Tensor) -> Any:
     return _operations(p.device)
 
 
-def current_device(p: Tensor) -> AbstractContextManager[Any]:
-    """Where the device of a weight is the current one: Triton launches there, whatever the tensors are on."""
-    return torch.cuda.device(p.device) if p.device.type == "cuda" and torch.cuda.is_available() else nullcontext()
+def by_device(items: Sequence[Any], device: Callable[[Any], torch.device] = lambda p: p.device) -> list[list[Any]]:
+    """The items of each device; nearly always there is one."""
+    found: dict[torch.device, list[Any]] = {}
+    for item in items:
+        found.setdefault(device(item), []).append(item)
+    return list(found.values())
+
+
+@contextmanager
+def products_on(p: Tensor) -> Iterator[None]:
+    """Where products are made with a weight: on its device, as Triton launches on the current one whatever its tensors
+    are on; and not in half precision, as autocast would have them."""
+    is_on_gpu = p.device.type == "cuda" and torch.cuda.is_available()
+    with torch.cuda.device(p.device) if is_on_gpu else nullcontext(), torch.autocast(p.device.type, enabled=False):
+        yield
 
 
 def operations_of_moments(ops: Any) -> tuple[Any, Any]:

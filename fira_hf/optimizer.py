@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,29 +11,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from . import base_optimizers, int8
 from . import functional as F
 from .checkpoint import IMPLEMENTATION, check_checkpoint, pairs
 from .config import FiraConfig
-from .distributed import agree, local, sharded_like, shards_of
+from .dense import create_dense, step_dense
+from .distributed import agree, local, shards_of
 from .groups import ADAM_SETTINGS, WATCHED, check_group, check_weight, dimensions_of, name_of, name_parameters
-from .matrices import Matrix, batches, current_device, matrices_of, operations
+from .matrices import Matrix, batches, by_device, matrices_of, products_on
 from .projected import step_projected
 from .refresh import refresh
 from .rules import normalised
-from .state import (
-    OF_MOMENTS,
-    create_state,
-    first_states,
-    loaded_state,
-    misfit,
-    of_layout,
-    rounding_seed,
-    rounds_state,
-    rounds_weight,
-    state_dtype_of,
-    state_misfit,
-)
+from .state import create_state, first_states, loaded_state, misfit, of_layout, state_misfit
 
 logger = logging.getLogger(__name__)
 
@@ -232,11 +219,11 @@ class FiraAdamW(torch.optim.Optimizer):
         if "rank" not in group:
             for p in parameters:
                 if not self.state.get(p):
-                    self._create_dense(p, group, (first or {})[p])
+                    self.state[p] = create_dense(p, group, (first or {})[p])
             return []
         begun = []
-        for of_device in _by_device(parameters):
-            with _products_on(of_device[0]):
+        for of_device in by_device(parameters):
+            with products_on(of_device[0]):
                 matrices = [matrix for p in of_device for matrix in matrices_of(p, self.state, group)]
                 refresh(matrices, group, first or {}, self.process_group)
             begun += [matrix for matrix in matrices if matrix.begun]
@@ -248,9 +235,9 @@ class FiraAdamW(torch.optim.Optimizer):
     def _write(self, group: dict[str, Any], parameters: list[Any], matrices: list[Matrix]) -> None:
         """The step of the parameters of a group, of which `matrices` have begun."""
         if "rank" not in group and parameters:
-            self._step_dense(parameters, group)
+            step_dense(parameters, [self.state[p] for p in parameters], group)
         for batch in batches(matrices, group.get("rank", 0)):
-            with _products_on(batch[0].parameter):
+            with products_on(batch[0].parameter):
                 step_projected(batch, group, self._add_statistics if self.track_statistics else None)
 
     def _is_rehearsal(self) -> bool:
@@ -276,43 +263,7 @@ class FiraAdamW(torch.optim.Optimizer):
             if "rank" in group:
                 self.state[p] = create_state(p, group, first[p])
             else:
-                self._create_dense(p, group, first[p])
-
-    def _step_dense(self, parameters: list[Any], group: dict[str, Any]) -> None:
-        """AdamW, which the device leaves out by itself where a gradient is not finite."""
-        norms = torch._foreach_norm([local(p.grad) for p in parameters], 2.0, torch.float32)
-        device = norms[0].device
-        finite = agree(torch.isfinite(torch.stack([norm.to(device) for norm in norms])).all(), parameters)
-        states = [self.state[p] for p in parameters]
-        steps = [state["step"] for state in states]
-        # After infinitely many steps nothing is left of the bias.
-        counts = torch._foreach_add(steps, 0.0 if group["correct_bias"] else torch.inf)
-        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
-        rows: list[tuple[Any, ...]] = []
-        for p, s, count in zip(parameters, states, counts, strict=True):
-            moments = [local(s[name]) for name in base_optimizers.MOMENTS["adamw"]]
-            seed = rounding_seed(s) if rounds_weight(p, group) else None
-            state_seed = rounding_seed(s, use=OF_MOMENTS) if rounds_state(group) else None
-            weight, grad = int8.view(local(p.detach())), local(p.grad)
-            if isinstance(weight, int8.Int8Weight):
-                int8.dense_adamw(weight, grad, moments, count, finite.to(grad.device), seed, state_seed, settings)
-            else:
-                rows.append((weight, grad, *moments, count, seed, state_seed))
-        for of_device in _by_device(rows, lambda row: row[0].device):
-            *columns, seeds, state_seeds = zip(*of_device, strict=True)
-            weight = of_device[0][0]
-            with _products_on(weight):
-                its_finite, ops = finite.to(weight.device), operations(weight)
-                ops.dense_adamw(*map(list, columns), its_finite, list(seeds), list(state_seeds), settings)
-        made = finite.float()
-        torch._foreach_add_(steps, [made.to(step.device) for step in steps])
-
-    def _create_dense(self, p: Any, group: dict[str, Any], first: dict[str, Any]) -> None:
-        weight, dtype = local(p.detach()), state_dtype_of(group["state_dtype"])
-        # No copies of one tensor of zeros, of which torch.compile would make one tensor.
-        names = base_optimizers.MOMENTS["adamw"]
-        moments = {name: sharded_like(p, torch.zeros_like(weight, dtype=dtype), p.shape) for name in names}
-        self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=weight.device), **moments, **first}
+                self.state[p] = create_dense(p, group, first[p])
 
     def _add_statistics(
         self, G_norm: Tensor, R_norm: Tensor, low_norm: Tensor, residual: Tensor, c: Tensor, active: Tensor | None
@@ -389,21 +340,6 @@ class FiraAdamW(torch.optim.Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def _by_device(items: Sequence[Any], device: Callable[[Any], torch.device] = lambda p: p.device) -> list[list[Any]]:
-    """The items of each device; nearly always there is one."""
-    found: dict[torch.device, list[Any]] = {}
-    for item in items:
-        found.setdefault(device(item), []).append(item)
-    return list(found.values())
-
-
-@contextlib.contextmanager
-def _products_on(p: Tensor) -> Iterator[None]:
-    """Where products are made with a weight: on its device, and not in half precision, as autocast would have them."""
-    with current_device(p), torch.autocast(p.device.type, enabled=False):
-        yield
 
 
 def _as_saved(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:

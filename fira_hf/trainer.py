@@ -6,7 +6,6 @@ import contextlib
 import functools
 import logging
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,18 +16,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import check_target_module_exists
 from transformers.training_args import OptimizerNames, ParallelMode
 
 from . import int8
-from .config import ALL_LINEAR, LAYERWISE, WORDS, FiraConfig, plain_name, word_or_regex
+from .arguments import config_from_args
+from .config import LAYERWISE, FiraConfig
 from .factory import build_optimizer
-from .layers import target_layers, weights
 from .layerwise import StepInBackward, hooks_of, step_in_backward
-from .optim_args import TRAINER_ARGS, parse_optim_args
 from .optimizer import FiraAdamW
-from .rules import plain
-from .targets import find_targets, other_than_linear, unmatched
 from .wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -329,84 +324,3 @@ def _sharding_engine(args: TrainingArguments) -> str | None:
     # By the arguments or, always so in older versions of transformers, by `accelerate launch`.
     plugin = getattr(args, "fsdp_plugin_args", None) or {}
     return f"FSDP{int(plugin.get('fsdp_version', os.environ.get('FSDP_VERSION', '1')))}"
-
-
-def config_from_args(args: TrainingArguments, model: nn.Module) -> FiraConfig:
-    """The `FiraConfig` that the training arguments describe.
-
-    Raises:
-        ValueError: a key or value of `optim_args` is unknown or malformed, a target matches no trainable linear layer,
-            or a configuration file contradicts the training arguments.
-    """
-    settings = parse_optim_args(args.optim_args)
-    path = settings.pop("config", None)
-    file = FiraConfig() if path is None else FiraConfig.from_pretrained(path)
-    own: dict[str, Any] = {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-        "weight_decay": args.weight_decay,
-    }
-    defaults = FiraConfig()
-    for name, value in own.items():
-        said = getattr(file, name)
-        if said not in (getattr(defaults, name), value):
-            raise ValueError(
-                f"{path!r} says {name}={said!r}, but TrainingArguments says {TRAINER_ARGS[name]}={value!r}: make them "
-                f"equal, or take {name} out of the file."
-            )
-    config = replace(file, **own, **settings)
-    targets = args.optim_target_modules
-    if targets is None:
-        return config
-    is_word = isinstance(targets, str) and word_or_regex(targets) in WORDS
-    if not is_word and file.layers_to_transform is not None:
-        raise ValueError(
-            f"{path!r} sets layers_to_transform={file.layers_to_transform!r}, which counts layers of its own "
-            "target_modules: take it out of the file, or leave optim_target_modules unset."
-        )
-    chosen = replace(config, target_modules=targets if is_word else _trainer_targets(model, targets))
-    if file.target_modules != ALL_LINEAR:
-        names, said = ({target.name for target in find_targets(model, c).projected} for c in (chosen, config))
-        if names != said:
-            raise ValueError(
-                f"optim_target_modules={targets!r} and target_modules={file.target_modules!r} of {path!r} choose "
-                "different weights: set one of them."
-            )
-    return chosen
-
-
-def _trainer_targets(model: nn.Module, targets: Any) -> str:
-    """The Trainer's rule as a regular expression for the full name, which is what `FiraConfig` understands.
-
-    A string is one already. An entry of a list is a part of the name, or a regular expression for all of it.
-    """
-    targets = plain(targets)
-    names = [targets] if isinstance(targets, str) else targets
-    if not isinstance(names, list) or not names or not all(isinstance(entry, str) and entry for entry in names):
-        raise ValueError(
-            f"optim_target_modules={targets!r} must be {', '.join(map(repr, WORDS))}, a regular expression, or a list "
-            "of names."
-        )
-    layers = target_layers(model)
-    for entry in names:
-        try:
-            re.compile(entry)
-        except re.error as error:
-            raise ValueError(
-                f"optim_target_modules: {entry!r} is no regular expression ({error}): write a part of the name as it "
-                "is, or a valid expression for all of it."
-            ) from None
-        probe = entry if isinstance(targets, str) else [entry]
-        found = [layer for layer in layers if check_target_module_exists(probe, plain_name(layer.name))]
-        if not any(layer.weight.requires_grad for layer in found):
-            why = "matches only frozen weights" if found else "matches no linear layer or convolution"
-            matched = functools.partial(check_target_module_exists, probe)
-            setting = "target_parameters of a FiraConfig (config=PATH)"
-            if hint := other_than_linear(weights(model), matched, setting):
-                raise ValueError(f"optim_target_modules: {entry!r} {why}, but {hint}.")
-            raise unmatched("optim_target_modules", probe, why, layers)
-    if isinstance(targets, str):
-        return targets
-    parts = [rf".*{re.escape(entry)}.*" for entry in targets]
-    return "|".join(parts + [entry for entry in targets if re.escape(entry) != entry])

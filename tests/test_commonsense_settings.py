@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from commonsense_tiny import WORDS, write_data, write_model
+from fira_hf.arguments import config_from_args
 from fira_hf.memory import estimate_memory
-from fira_hf.trainer import config_from_args
 from recipes import models
 from recipes.commonsense import model, train
 from recipes.commonsense.model import load_tokenizer

@@ -381,7 +381,7 @@ def test_memory_that_runs_out_as_states_are_made_has_written_nothing(monkeypatch
     optimizer, *weights = build()
     before = [p.detach().clone() for p in weights]
     with monkeypatch.context() as patched:
-        patched.setattr(optimizer, "_create_dense", fails)
+        patched.setattr("fira_hf.optimizer.create_dense", fails)
         with pytest.raises(torch.OutOfMemoryError):
             optimizer.step()
     assert all(map(torch.equal, weights, before))

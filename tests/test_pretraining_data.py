@@ -11,8 +11,8 @@ import torch
 from transformers import LlamaConfig
 
 from fira_hf import FiraConfig
+from fira_hf.arguments import parse_optim_args
 from fira_hf.meta_models import build_on_meta
-from fira_hf.optim_args import parse_optim_args
 from fira_hf.targets import find_targets
 from pretraining_tiny import sentences, stopped_after_8_steps, write_config, write_preset, write_text
 from recipes import files

@@ -17,9 +17,8 @@ from transformers import TrainingArguments
 from conftest import build_llama, trainer_settings
 from fira_hf import FiraAdamW, FiraConfig
 from fira_hf import functional as F
-from fira_hf.optim_args import parse_optim_args
+from fira_hf.arguments import config_from_args, parse_optim_args
 from fira_hf.rules import RULES
-from fira_hf.trainer import config_from_args
 from reference import weight
 
 INTEGERS = [np.int64(3), np.uint8(3), np.array(3), np.array([3]), torch.tensor(3), torch.tensor([3])]

@@ -8,11 +8,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainingArguments
 
 from fira_hf import FiraConfig
+from fira_hf.arguments import config_from_args
 from fira_hf.factory import parameter_count, summarize
 from fira_hf.memory import MemoryEstimate, estimate_memory
 from fira_hf.meta_models import quantise, switch_on_checkpointing
 from fira_hf.targets import find_targets
-from fira_hf.trainer import config_from_args
 from recipes.commonsense.data import load_questions, load_training
 from recipes.commonsense.model import wrap
 from recipes.commonsense.settings import METHODS, RecipeArguments
