@@ -31,12 +31,12 @@ class State(dict[str, Any]):
 
     refresh_in: calls of `step()` that can pass before the basis may be due; None for a matrix that has no basis yet. A
     list of these for a stack, or a matrix in parts. interval: the `update_proj_gap` by which that was counted.
-    made_with: the settings of the group that decide what the state holds.
+    made_with: `OF_SHAPES` of the group that it was made for.
     """
 
     refresh_in: Any = None
     interval: int | None = None
-    made_with: dict[str, Any] | None = None
+    made_with: tuple[Any, ...] | None = None
 
     @property
     def begun(self) -> bool:
@@ -46,7 +46,7 @@ class State(dict[str, Any]):
 
     def belongs_to(self, group: Mapping[str, Any]) -> None:
         """Notes by which settings it was made."""
-        self.interval, self.made_with = group["update_proj_gap"], {name: group[name] for name in OF_SHAPES}
+        self.interval, self.made_with = group["update_proj_gap"], of_shapes(group)
 
     def follow_interval(self, interval: int) -> None:
         """Where the interval has changed, bases may be due before they were thought to be: the next call looks."""
@@ -129,9 +129,13 @@ class Kept:
 OF_SHAPES = ("rank", "split", "transposed", "convolution", "base_optimizer", "projection", "residual", "state_dtype")
 
 
+def of_shapes(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(group[name] for name in OF_SHAPES)
+
+
 def kept_tensors(shape: Iterable[int], group: Mapping[str, Any]) -> dict[str, Kept]:
     """The tensors in the state of a projected weight of this shape, by name; `group` has all of `OF_SHAPES`."""
-    return _kept_tensors(tuple(shape), *(group[name] for name in OF_SHAPES))
+    return _kept_tensors(tuple(shape), *of_shapes(group))
 
 
 @functools.cache
@@ -159,11 +163,15 @@ def _kept_tensors(shape: tuple[int, ...], *of_group: Any) -> dict[str, Kept]:
     return {**kept, "step": Kept(stack, torch.float32), "residual_norm": Kept(stack, torch.float32)}
 
 
-def dtypes_of(p: Any, group: Mapping[str, Any]) -> dict[str, torch.dtype]:
-    """Of the tensors in the state of a weight, projected or not, by name."""
-    if "rank" in group:
-        return {name: kept.dtype for name, kept in kept_tensors(p.shape, group).items()}
-    return {**dict.fromkeys(MOMENTS["adamw"], state_dtype_of(group["state_dtype"])), "step": torch.float32}
+def expected(p: Any, group: Mapping[str, Any]) -> dict[str, Kept]:
+    """The tensors in the state of a weight, projected or not, by name."""
+    return kept_tensors(p.shape, group) if "rank" in group else _of_adamw(p.shape, group["state_dtype"])
+
+
+@functools.cache
+def _of_adamw(shape: torch.Size, state_dtype: str) -> dict[str, Kept]:
+    moment = Kept(tuple(shape), state_dtype_of(state_dtype), "weight")
+    return {**dict.fromkeys(MOMENTS["adamw"], moment), "step": Kept((), torch.float32)}
 
 
 def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> State:
@@ -192,11 +200,11 @@ def create_state(p: Any, group: dict[str, Any], first: dict[str, Any]) -> State:
 
 def loaded_state(p: Any, saved: dict[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a saved state on the weight's device, in the dtypes that its group's `state_dtype` says."""
-    device, state, dtypes = local(p.data).device, State(), dtypes_of(p, group)
+    device, state, kept = local(p.data).device, State(), expected(p, group)
     for name, value in saved.items():
         if isinstance(value, Tensor):
-            if value.is_floating_point() and name in dtypes:
-                value = value.to(dtypes[name])
+            if value.is_floating_point() and name in kept:
+                value = value.to(kept[name].dtype)
             is_basis = name == "basis" and value.is_floating_point()  # and no codes, which are decoded
             value = F.column_major(value.to(device)) if is_basis else value.to(device, copy=True)
             if "residual_norm" in saved and not is_basis:  # else as its weight lies
@@ -261,7 +269,7 @@ def misfit(p: Any) -> str | None:
     data = local(p.data)
     if data.device.type == "meta":
         return "has no data, it is on the meta device"
-    if any(stride == 0 and size > 1 for stride, size in zip(data.stride(), data.shape, strict=True)):
+    if not data.is_contiguous() and any(st == 0 and n > 1 for st, n in zip(data.stride(), data.shape, strict=True)):
         return "is expanded, so that several of its numbers are one in memory"
     if p.grad is None:
         return None
@@ -289,28 +297,26 @@ def state_misfit(p: Any, state: Mapping[str, Any], group: Mapping[str, Any], els
                 "has a state that was loaded past load_state_dict (with ZeroRedundancyOptimizer, let each process "
                 "save optimizer.optim.state_dict() and load it by optimizer.optim.load_state_dict())"
             )
-        made_with = state.made_with if isinstance(state, State) and state.made_with else {}
-        for name, value in made_with.items():
-            if value != group[name]:
-                return (
-                    f"has a state that was made with {name}={value!r}, and its group says {name}={group[name]!r} now"
-                )
-        shapes = {name: kept.shape for name, kept in kept_tensors(p.shape, group).items()}
-    else:
-        shapes = {**dict.fromkeys(MOMENTS["adamw"], tuple(p.shape)), "step": ()}
-    device, dtypes = local(p.data).device, dtypes_of(p, group)
-    for name, shape in shapes.items():
+        made_with, said = getattr(state, "made_with", None), of_shapes(group)
+        if made_with not in (None, said):
+            changed = next(i for i, (old, new) in enumerate(zip(made_with, said, strict=True)) if old != new)
+            return (
+                f"has a state that was made with {OF_SHAPES[changed]}={made_with[changed]!r}, but its group says "
+                f"{OF_SHAPES[changed]}={said[changed]!r}"
+            )
+    device = local(p.data).device
+    for name, kept in expected(p, group).items():
         value = state.get(name)
         if not isinstance(value, Tensor):
             return f"has an optimizer state without {name}"
-        if value.shape != shape:
-            kept = f"{name} is {tuple(value.shape)}, not {tuple(shape)}"
-            return f"has the optimizer state of a weight of another shape ({kept})"
-        can_be_cast = elsewhere and value.is_floating_point() and dtypes[name].is_floating_point
-        if value.dtype != dtypes[name] and not can_be_cast:
+        if value.shape != kept.shape:
+            shapes = f"{name} is {tuple(value.shape)}, not {tuple(kept.shape)}"
+            return f"has the optimizer state of a weight of another shape ({shapes})"
+        can_be_cast = elsewhere and value.is_floating_point() and kept.dtype.is_floating_point
+        if value.dtype != kept.dtype and not can_be_cast:
             return (
                 f"has {name} of its optimizer state in {value.dtype}, where state_dtype={group['state_dtype']!r} "
-                f"keeps it in {dtypes[name]}"
+                f"keeps it in {kept.dtype}"
             )
         if not elsewhere and value.device != device:
             return (
