@@ -26,6 +26,7 @@ and N goes into those of W.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -48,22 +49,34 @@ NEGLIGIBLE = 1e-3
 BLOCK = 2**20
 
 
+# Of `fp32_products`: how many threads are inside, and the precisions that the first of them found.
+_lock, _inside = threading.Lock(), [0]
+_before: dict[Any, str] = {}
+
+
 @contextmanager
 def fp32_products() -> Iterator[None]:
     """Products of fp32 are made in fp32, whatever the training allows: TF32 by TrainingArguments(tf32=True), bf16 by
-    torch.set_float32_matmul_precision("medium"). A basis that is found in less is not orthonormal."""
+    torch.set_float32_matmul_precision("medium"). A basis that is found in less is not orthonormal.
+
+    torch knows one precision for all threads, so the last one that leaves brings it back: autograd has a thread for
+    each GPU, and with weights that are stepped in backward they come here together.
+    """
     backends: Any = torch.backends
-    of_devices = (backends.cuda.matmul, backends.mkldnn.matmul)
-    reduced = [one for one in of_devices if one.fp32_precision not in ("ieee", "none")]
-    before = [one.fp32_precision for one in reduced]
-    for one in reduced:
-        one.fp32_precision = "ieee"
+    with _lock:
+        _inside[0] += 1
+        for one in (backends.cuda.matmul, backends.mkldnn.matmul):
+            if _inside[0] == 1 and one.fp32_precision not in ("ieee", "none"):
+                _before[one], one.fp32_precision = one.fp32_precision, "ieee"
     try:
         yield
     finally:
-        for one, precision in zip(reduced, before, strict=True):
-            # "none" follows torch.backends.fp32_precision, as it did if the two are alike.
-            one.fp32_precision = "none" if precision == backends.fp32_precision else precision
+        with _lock:
+            _inside[0] -= 1
+            while not _inside[0] and _before:
+                one, precision = _before.popitem()
+                # "none" follows torch.backends.fp32_precision, as it did if the two are alike.
+                one.fp32_precision = "none" if precision == backends.fp32_precision else precision
 
 
 def column_major(Q: Tensor) -> Tensor:

@@ -419,3 +419,19 @@ def test_a_step_is_made_on_the_device_of_each_weight(monkeypatch):
     monkeypatch.setattr("fira_hf.matrices._operations", lambda device: F)
     optimizer.step()
     assert seen == [[torch.device("cuda", 0)], [torch.device("cuda", 1)]]
+
+
+def test_products_stay_in_fp32_until_the_last_thread_has_left():
+    """Layerwise on a model over two GPUs: autograd has a thread for each, and the precision is that of all threads."""
+    of_products = torch.backends.mkldnn.matmul
+    before, one, other = of_products.fp32_precision, F.fp32_products(), F.fp32_products()
+    of_products.fp32_precision = "tf32"
+    try:
+        one.__enter__()
+        other.__enter__()
+        one.__exit__(None, None, None)
+        assert of_products.fp32_precision == "ieee"
+        other.__exit__(None, None, None)
+        assert of_products.fp32_precision == "tf32"
+    finally:
+        of_products.fp32_precision = before
