@@ -75,12 +75,9 @@ def load_config(model: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(model)
     except Exception as error:  # what transformers makes of a file that says nonsense is of many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        found = (
-            "that cannot be read as a model's"
-            if Path(model).exists()
-            else "or config.json here, nor a name on the hub"
-        )
-        raise ValueError(f"--model {model}: a folder or config.json {found}. ({reason})") from error
+        missing = "no folder or config.json here that says what model it is, nor a name on the hub"
+        found = "its config.json cannot be read as that of a model" if Path(model).exists() else missing
+        raise ValueError(f"--model {model}: {found}. ({reason})") from error
     if getattr(config, "quantization_config", None):
         print(
             f"note: {model} is quantised; weights are counted as if they were not. For a base in 4 bits see "

@@ -25,8 +25,6 @@ OF_TORCH = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "base_mom
 # Further settings of torch's AdamW, which FiraAdamW has not. At these values they mean nothing; torch, or code that is
 # written for AdamW, may have put them into a group.
 OF_ADAMW = {k: v for k, v in torch.optim.AdamW([torch.zeros(1)]).defaults.items() if k not in ADAM_SETTINGS}
-# What is looked at again where somebody has edited a group. (Adam's own settings change by schedules: always.)
-WATCHED = (set(VALID) | OF_ADAMW.keys()) - set(ADAM_SETTINGS)
 # Settings of galore_torch, apollo_torch and fira that have another name here, or none.
 OF_PEERS = {"scale": "alpha", "proj_type": None, "proj": None, "scale_type": None}
 
@@ -35,8 +33,36 @@ def check_group(group: dict[str, Any]) -> None:
     """Fills in the defaults of a group.
 
     Raises:
-        ValueError: a setting is unknown, not valid or without effect, or a weight is none for this group. A key that
-            resembles no setting may be another library's, and stays.
+        ValueError: see `check_settings`; or a weight is none for this group.
+    """
+    check_settings(group)
+    for p in group["params"]:
+        check_weight(p, group)
+
+
+def watched(group: dict[str, Any]) -> dict[str, Any]:
+    """What is checked again where somebody has edited it. Adam's own settings change by schedules, and always are."""
+    return {name: value for name, value in group.items() if name not in OF_TORCH and name not in ADAM_SETTINGS}
+
+
+def check_rates(group: dict[str, Any]) -> None:
+    """Raises ValueError if one of Adam's settings, which schedules set, is not valid now."""
+    for name in ADAM_SETTINGS:
+        group[name] = normalised(name, 0.0 if name == "lr" and is_rounding(group[name]) else group[name])
+    group["betas"] = tuple(group["betas"])
+
+
+def is_rounding(lr: Any) -> bool:
+    """Whether a rate is below zero by rounding alone, as torch's LinearLR ends where it ends at zero."""
+    return isinstance(lr, float) and -1e-12 < lr < 0
+
+
+def check_settings(group: dict[str, Any]) -> None:
+    """Fills in the defaults of a group, whatever its weights are.
+
+    Raises:
+        ValueError: a setting is unknown, not valid or without effect. A key that resembles no setting may be another
+            library's, and stays.
     """
     for name in sorted(group.keys() - OF_TORCH):
         if name not in VALID:
@@ -53,8 +79,6 @@ def check_group(group: dict[str, Any]) -> None:
                 "convolution, too, the first dimension is the rows of the matrix."
             )
     group["betas"] = tuple(group["betas"])
-    for p in group["params"]:
-        check_weight(p, group)
 
 
 def _check_unknown(name: str, value: Any) -> None:

@@ -16,11 +16,19 @@ from .checkpoint import IMPLEMENTATION, check_checkpoint, pairs
 from .config import FiraConfig
 from .dense import create_dense, step_dense
 from .distributed import agree, local, shards_of
-from .groups import ADAM_SETTINGS, WATCHED, check_group, check_weight, dimensions_of, name_of, name_parameters
+from .groups import (
+    check_group,
+    check_rates,
+    check_settings,
+    check_weight,
+    dimensions_of,
+    name_of,
+    name_parameters,
+    watched,
+)
 from .matrices import Matrix, batches, by_device, matrices_of, products_on
 from .projected import step_projected
 from .refresh import refresh
-from .rules import normalised
 from .state import create_state, first_states, loaded_state, misfit, of_layout, state_misfit
 
 logger = logging.getLogger(__name__)
@@ -160,12 +168,14 @@ class FiraAdamW(torch.optim.Optimizer):
                 assigned to the group is unknown or not valid.
         """
         # What has been assigned since is checked, and kept, as in the constructor.
-        if self._checked.get(id(group)) != {name: group[name] for name in WATCHED & group.keys()}:
-            check_group(group)
-            self._checked[id(group)] = {name: group[name] for name in WATCHED & group.keys()}
-        for name in ADAM_SETTINGS:
-            group[name] = normalised(name, group[name])
-        group["betas"] = tuple(group["betas"])
+        try:
+            is_checked = self._checked.get(id(group)) == watched(group)
+        except (RuntimeError, ValueError):  # an array, which has no one truth value
+            is_checked = False
+        if not is_checked:
+            check_settings(group)
+            self._checked[id(group)] = watched(group)
+        check_rates(group)
         for p in parameters:
             if p.grad is not None and p.grad.is_sparse:
                 raise RuntimeError("FiraAdamW does not take sparse gradients: use sparse=False in the embedding.")
@@ -215,7 +225,7 @@ class FiraAdamW(torch.optim.Optimizer):
             if "rank" not in group or is_shared or state.begun:
                 state["calls"] += 1
             if "rank" in group:
-                state.follow_interval(group["update_proj_gap"])
+                state.follow_interval(group)
         if "rank" not in group:
             for p in parameters:
                 if not self.state.get(p):
@@ -258,7 +268,7 @@ class FiraAdamW(torch.optim.Optimizer):
         A distributed checkpoint is loaded into states that are there, so they must be the same in every run.
         """
         for p in group["params"]:
-            if self.state.get(p) or not (everywhere or isinstance(p, DTensor)):
+            if self.state.get(p) or not p.requires_grad or not (everywhere or isinstance(p, DTensor)):
                 continue
             if "rank" in group:
                 self.state[p] = create_state(p, group, first[p])

@@ -48,11 +48,15 @@ class State(dict[str, Any]):
         """Notes by which settings it was made."""
         self.interval, self.made_with = group["update_proj_gap"], of_shapes(group)
 
-    def follow_interval(self, interval: int) -> None:
-        """Where the interval has changed, bases may be due before they were thought to be: the next call looks."""
-        if interval == self.interval:
+    def follow_interval(self, group: Mapping[str, Any]) -> None:
+        """Where the interval has changed, bases may be due before they were thought to be: the next call looks. Which
+        columns have their turn changes at once, and moments of others have no part in them."""
+        if self.interval in (None, group["update_proj_gap"]):
             return
-        self.interval, places = interval, self.refresh_in
+        self.interval, places = group["update_proj_gap"], self.refresh_in
+        for name in (*low_rank_moments(group), "step"):
+            if group["projection"] == "columns" and group["moments"] == "rotated":
+                local(self[name]).zero_()
         if isinstance(places, list):
             self.refresh_in = [None if place is None else 0 for place in places]
         elif places is not None:
@@ -302,7 +306,7 @@ def state_misfit(p: Any, state: Mapping[str, Any], group: Mapping[str, Any], els
             changed = next(i for i, (old, new) in enumerate(zip(made_with, said, strict=True)) if old != new)
             return (
                 f"has a state that was made with {OF_SHAPES[changed]}={made_with[changed]!r}, but its group says "
-                f"{OF_SHAPES[changed]}={said[changed]!r}"
+                f"{OF_SHAPES[changed]}={said[changed]!r} (set it back)"
             )
     device = local(p.data).device
     for name, kept in expected(p, group).items():

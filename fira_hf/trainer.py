@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
@@ -21,9 +22,10 @@ from transformers.training_args import OptimizerNames, ParallelMode
 from . import int8
 from .arguments import config_from_args
 from .config import LAYERWISE, FiraConfig
-from .factory import build_optimizer
+from .factory import OF_LAYERS, build_optimizer
 from .layerwise import StepInBackward, hooks_of, step_in_backward
 from .optimizer import FiraAdamW
+from .state import OF_SHAPES
 from .wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -120,7 +122,8 @@ def _tell_of_lost_states() -> None:
         try:
             original(trainer, checkpoint)
         except (RuntimeError, CheckpointException) as error:
-            if not any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"]):
+            is_sharded = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+            if not is_sharded or isinstance(error, (torch.OutOfMemoryError, dist.DistError)):
                 raise
             # torch.distributed loads into the state as it is here, and knows no settings.
             raise ValueError(_other_settings(checkpoint, optimizer.config)) from error
@@ -143,7 +146,8 @@ def _other_settings(checkpoint: str, config: FiraConfig | None) -> str:
     except (FileNotFoundError, ValueError):
         saved = {}
     own = (config or FiraConfig()).to_dict()
-    differ = [f"{name}={value!r} (here {own[name]!r})" for name, value in saved.items() if own[name] != value]
+    decides = {*OF_SHAPES, *OF_LAYERS} & saved.keys()
+    differ = [f"{name}={saved[name]!r} (here {own[name]!r})" for name in sorted(decides) if own[name] != saved[name]]
     return (
         f"The optimizer's state in {checkpoint} is of other weights, or of others of their shapes. It was saved with "
         f"{', '.join(differ) or 'another rank, other target modules or another optimizer'}: resume with the settings "

@@ -4,6 +4,7 @@ import copy
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -145,6 +146,15 @@ def test_fp16_with_stochastic_rounding(kind):
     assert_refused(optimizer, "stochastic_rounding")
 
 
+def test_a_weight_without_a_gradient_is_not_asked():
+    """Another one of its group is stepped as before, whatever has become of it."""
+    p, idle = weight(SHAPE), weight(SHAPE)
+    optimizer = FiraAdamW([{"params": [p, idle], "rank": 4}])
+    p.grad = gradients(SHAPE, 1)[0]
+    idle.data = idle.data.double()
+    optimizer.step()
+
+
 @of_kinds
 @pytest.mark.parametrize("missing", [True, False])
 def test_a_state_that_was_set_by_other_means(kind, missing):
@@ -188,6 +198,10 @@ def test_a_setting_of_a_group_that_the_state_does_not_fit(setting, value):
         ("gamma", 0.5),
         ("residual", "papr"),
         ("maximize", True),
+        ("update_proj_gp", 3),
+        ("scale", 3.0),
+        ("alpha", np.array([1.0, 2.0])),
+        ("rank", torch.tensor([4, 4])),
         ("amsgrad", True),
         ("lr", float("nan")),
         ("eps", -1.0),
@@ -203,6 +217,17 @@ def test_a_setting_that_is_assigned_is_checked_before_anything_is_written(settin
     with pytest.raises(ValueError, match=setting):
         optimizer.step()
     assert all(map(equal, before, everything(optimizer)))
+
+
+@pytest.mark.parametrize("steps", [5, 10])
+def test_a_schedule_that_ends_at_zero_but_for_rounding_is_taken(steps):
+    optimizer, bias, p = begun("projected")
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 3, end_factor=0.0, total_iters=steps)
+    for _ in range(steps + 2):
+        bias.grad, p.grad = torch.ones(5), gradients(SHAPE, 1)[0]
+        optimizer.step()
+        schedule.step()
+    assert optimizer.param_groups[1]["lr"] == pytest.approx(0, abs=1e-12)
 
 
 def test_a_rank_that_comes_to_a_group_or_goes_from_it_is_refused():
@@ -235,6 +260,17 @@ def test_another_interval_counts_from_the_next_step():
     assert all(map(torch.equal, *bases))
     changes = [t for t in range(1, 12) if not torch.equal(bases[0][t - 1], bases[0][t])]
     assert changes == [4, 8]
+
+
+def test_moments_of_other_columns_go_with_the_interval():
+    p = weight((24, 16))
+    optimizer = FiraAdamW([{"params": [p], "rank": 4, "projection": "columns", "refresh": "together"}])
+    for t, gradient in enumerate(random_gradients((24, 16), 7)):
+        if t == 6:
+            optimizer.param_groups[0]["update_proj_gap"] = 3
+        p.grad = gradient
+        optimizer.step()
+    assert optimizer.state[p]["step"] == 1
 
 
 @pytest.mark.parametrize("kind", ["dense", "projected"])
