@@ -154,7 +154,7 @@ def transposed_product(G: Tensor, P: Tensor) -> Tensor:
     """G^T P in fp32, (short, r)."""
     if G.dtype == torch.float32:
         return G.t() @ P
-    Y = P.new_zeros(G.shape[1], P.shape[1])
+    Y = torch.zeros(G.shape[1], P.shape[1], dtype=torch.float32, device=G.device)
     for rows, part in zip(row_blocks(G), row_blocks(P, like=G), strict=True):
         Y.addmm_(rows.float().t(), part)
     return Y

@@ -197,7 +197,7 @@ def tolerance(settings):
 def test_steps_are_those_of_the_torch_code(shape, settings, monkeypatch, kernels):
     """Over several refreshes, by the torch code for accelerators and by the kernels. Codes are rounded to the nearest,
     since each draws in its own way."""
-    for module in (fira_hf.optimizer, fira_hf.matrices, fira_hf.refresh):
+    for module in (fira_hf.projected, fira_hf.matrices, fira_hf.refresh):
         monkeypatch.setattr(module, "rounds_state", lambda group: False)
     start = weight(shape).detach()
     results = []
@@ -269,7 +269,7 @@ def test_codes_are_rounded_without_bias(kernels):
 @pytest.mark.parametrize("shape", [(3, 96, 40), (192, 40), (40, 192)])
 def test_parts_and_experts_of_a_whole_moment(shape, settings, monkeypatch, kernels):
     """Views of a moment that is stored in one: experts, and parts along either dimension."""
-    monkeypatch.setattr(fira_hf.optimizer, "rounds_state", lambda group: False)
+    monkeypatch.setattr(fira_hf.projected, "rounds_state", lambda group: False)
     fuses = {(192, 40): {"split": 2}, (40, 192): {"split": 2, "transposed": True}}.get(shape, {})
     start = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
     flat = (shape[0] * shape[1], shape[2]) if len(shape) == 3 else shape

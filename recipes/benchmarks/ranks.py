@@ -151,6 +151,7 @@ class AdaptiveFira(FiraAdamW):
         state["exp_avg"], state["exp_avg_sq"] = M, variance + ratio * M.square()
         state["basis"] = F.column_major(new)
         group["rank"] = rank
+        state.belongs_to(group)
 
 
 QUALITY["adaptive"] = lambda matrices, lr, rank, gap, settings: AdaptiveFira(matrices, lr, rank, gap, **settings)
