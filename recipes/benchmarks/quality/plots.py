@@ -138,21 +138,25 @@ def by_regime(content: dict[str, Any]) -> Figure:
     for axis, (base, called) in sides:
         for number, name in enumerate(names):
             aside = 0.2 * (number / max(len(names) - 1, 1) - 0.5)  # so that bars do not lie on one another
-            here = [(index, one[name], one[base]) for index, one in enumerate(found) if name in one and base in one]
-            if name == base or not here:
+            here = [(one[name], one[base]) if name in one and base in one else None for one in found]
+            ran = [both[0] for both in here if both]
+            if name == base or not ran:
                 continue
+            nowhere = [math.nan]  # a line ends where a method was not run
             gaps = [
-                [loss - other.losses[s] for s, loss in one.losses.items() if s in other.losses]
-                for _, one, other in here
+                [loss - both[1].losses[s] for s, loss in both[0].losses.items() if s in both[1].losses]
+                if both
+                else nowhere
+                for both in here
             ]
             apart = [statistics.mean(gap) for gap in gaps]
             spread = [
                 [mean - min(gap) for mean, gap in zip(apart, gaps, strict=True)],
                 [max(gap) - mean for mean, gap in zip(apart, gaps, strict=True)],
             ]
-            places = [index + aside for index, _, _ in here]
-            one = here[0][1]
-            handles[one.label] = axis.errorbar(places, apart, spread, capsize=2, **style(content, one))
+            places = [index + aside for index in range(len(regimes))]
+            look = style(content, ran[0])
+            handles[ran[0].label] = axis.errorbar(places, apart, spread, capsize=2, **look)
         axis.axhline(0, color="0.4", linewidth=1)
         axis.set_xticks(range(len(regimes)), [title(regime).replace(", ", "\n") for regime in regimes], fontsize=8)
         axis.set_xlim(-0.4, len(regimes) - 0.6)
