@@ -89,6 +89,7 @@ def write_preset(folder: Path, model: Path, data: Path) -> Path:
     flora = {"optim_args": "rank=4, update_proj_gap=3, projection=random, residual=none"}
     methods = {"fira-full": fira, "galore-full": galore, "flora-full": flora, "adamw-full": {}}
     methods |= {
+        "fira-int8-full": {"optim_args": "rank=4, state_dtype=int8"},
         "fira-published-full": {"optim_args": "preset=published, rank=4, update_proj_gap=3"},
         "subspace-muon-full": {"optim_args": "preset=subspace-muon, rank=4, dense_lr=1e-3"},
         "muon-full": {"optim_args": "base_optimizer=muon, rank=32, projection=columns, residual=none, dense_lr=1e-3"},

@@ -19,7 +19,7 @@ from recipes.runner import find_experiments
 from recipes.settings import Recipe, load_settings, read_overrides, to_argv
 
 # What was not published for LLaMA-7B, and is compared at small size alone.
-OURS = {"lora-equal-bytes", "fira-published-full", "subspace-muon-full", "muon-full"}
+OURS = {"lora-equal-bytes", "fira-int8-full", "fira-published-full", "subspace-muon-full", "muon-full"}
 
 
 @pytest.fixture

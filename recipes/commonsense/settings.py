@@ -19,6 +19,7 @@ METHODS = {
     "galore-on-lora": Method(lora=True, optimizers=("galore_adamw",)),
     "flora-on-lora": Method(lora=True, optimizers=("fira",)),
     "fira-full": Method(lora=False, optimizers=("fira",)),
+    "fira-int8-full": Method(lora=False, optimizers=("fira",)),
     "fira-published-full": Method(lora=False, optimizers=("fira",)),
     "subspace-muon-full": Method(lora=False, optimizers=("fira",)),
     "muon-full": Method(lora=False, optimizers=("fira",)),
