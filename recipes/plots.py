@@ -22,6 +22,7 @@ STYLES = {  # colour and marker
     "adamw-two-rates": ("#004D37", "v"),
     "fira": ("#D55E00", "D"),
     "fira-full": ("#D55E00", "D"),
+    "fira-int8-full": ("#F4A582", "P"),
     "fira-published-full": ("#8A3B00", "d"),
     "subspace-muon-full": ("#6A3D9A", "*"),
     "subspace-muon": ("#6A3D9A", "*"),
