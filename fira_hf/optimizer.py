@@ -168,6 +168,7 @@ class FiraAdamW(torch.optim.Optimizer):
                 assigned to the group is unknown or not valid.
         """
         # What has been assigned since is checked, and kept, as in the constructor.
+        check_rates(group)
         try:
             is_checked = self._checked.get(id(group)) == watched(group)
         except (RuntimeError, ValueError):  # an array, which has no one truth value
@@ -175,7 +176,6 @@ class FiraAdamW(torch.optim.Optimizer):
         if not is_checked:
             check_settings(group)
             self._checked[id(group)] = watched(group)
-        check_rates(group)
         for p in parameters:
             if p.grad is not None and p.grad.is_sparse:
                 raise RuntimeError("FiraAdamW does not take sparse gradients: use sparse=False in the embedding.")

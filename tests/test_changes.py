@@ -228,6 +228,12 @@ def test_a_schedule_that_ends_at_zero_but_for_rounding_is_taken(steps):
         optimizer.step()
         schedule.step()
     assert optimizer.param_groups[1]["lr"] == pytest.approx(0, abs=1e-12)
+    # Also in the step after a load, which looks at every setting of the groups.
+    for group in (saved := copy.deepcopy(optimizer.state_dict()))["param_groups"]:
+        group["lr"] = -1e-20
+    optimizer.load_state_dict(saved)
+    bias.grad, p.grad = torch.ones(5), gradients(SHAPE, 1)[0]
+    optimizer.step()
 
 
 def test_a_rank_that_comes_to_a_group_or_goes_from_it_is_refused():
