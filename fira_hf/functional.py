@@ -18,8 +18,8 @@ any tensor of the weight's size exists, and the whole update is one product of r
     W <- (1 - lr wd) (W - eta [(alpha N - s c k phi R) Q^T + s c phi G]),      eta = lr sqrt(1 - b2^t) / (1 - b1^t)
 
 N and eta are Adam's; `base_optimizers` has those of others. eta is multiplied by their `rms_scale`, unless
-adjust_lr="none". With projection="columns" Q is a `range`: R is so many neighbouring columns of G,
-and N goes into those of W.
+adjust_lr="none". With projection="columns" Q is a `range`: R is so many neighbouring columns of G, and N goes into
+those of W.
 (s, k) = (1, alpha) is the published code, (alpha, 1) is the paper, the same at alpha = 1; (0, 1) leaves S out.
 """
 

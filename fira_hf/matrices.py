@@ -128,9 +128,9 @@ class Matrix:
             self.write("basis", Q)
 
     def forget(self, group: dict[str, Any]) -> None:
-        """Sets the moments to zero, and the count of updates by which their bias is corrected."""
+        """See `State.forget`, of this one."""
         for name in (*low_rank_moments(group), "step"):
-            self[name].zero_()  # codes of zero are zero, whatever their scale
+            self[name].zero_()
 
     def rounding_seed(self, use: int = 0) -> int:
         """The seed of one rounding in this step; `use` tells apart what is rounded within it."""

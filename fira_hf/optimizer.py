@@ -152,8 +152,9 @@ class FiraAdamW(torch.optim.Optimizer):
             first = first_states(self.param_groups)
         # Where memory runs out, it does as states and bases are made: no weight has been written by then.
         matrices = [self._prepare(group, parameters, first, is_rehearsal) for group, parameters in work]
-        for (group, parameters), own in zip(work if not is_rehearsal else [], matrices, strict=False):
-            self._write(group, parameters, own)
+        if not is_rehearsal:
+            for (group, parameters), own in zip(work, matrices, strict=True):
+                self._write(group, parameters, own)
         return loss
 
     def check_step(self, group: dict[str, Any], parameters: list[Any]) -> None:

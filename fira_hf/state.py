@@ -54,13 +54,17 @@ class State(dict[str, Any]):
         if self.interval in (None, group["update_proj_gap"]):
             return
         self.interval, places = group["update_proj_gap"], self.refresh_in
-        for name in (*low_rank_moments(group), "step"):
-            if group["projection"] == "columns" and group["moments"] == "rotated":
-                local(self[name]).zero_()
+        if group["projection"] == "columns" and group["moments"] == "rotated":
+            self.forget(group)
         if isinstance(places, list):
             self.refresh_in = [None if place is None else 0 for place in places]
         elif places is not None:
             self.refresh_in = 0
+
+    def forget(self, group: Mapping[str, Any]) -> None:
+        """Sets the moments to zero, and the count of updates by which their bias is corrected; of all its matrices."""
+        for name in (*low_rank_moments(group), "step"):
+            local(self[name]).zero_()  # codes of zero are zero, whatever their scale
 
 
 def first_states(param_groups: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
@@ -253,8 +257,7 @@ def follow_layout(p: Any, state: State, group: Mapping[str, Any]) -> None:
         _reordered(local(state["exp_avg"]), order, -1)
     of_rows = [name for name, (has_rows, _) in low_rank_moments(group).items() if has_rows]
     if columns <= rows and group["projection"] == "columns":
-        for name in (*low_rank_moments(group), "step"):
-            local(state[name]).zero_()
+        state.forget(group)
     for name in ["basis"] if columns <= rows else of_rows:
         for part in (name, name + SCALE):
             if part in state:

@@ -209,10 +209,14 @@ def assert_same_run(optimizer, params, other, others):
     """The weights of two optimizers and all that they keep for them, bit for bit."""
     for p, q in zip(params, others, strict=True):
         assert torch.equal(p, q)
-        state, held = optimizer.state.get(p, {}), other.state.get(q, {})
-        assert state.keys() == held.keys()
-        for name, value in state.items():
-            if torch.is_tensor(value):
-                assert value.dtype == held[name].dtype and torch.equal(value, held[name]), name
-            else:
-                assert value == held[name], name
+        assert_same_state(optimizer.state.get(p, {}), other.state.get(q, {}))
+
+
+def assert_same_state(state, other):
+    """What is kept for one weight, bit for bit."""
+    assert state.keys() == other.keys()
+    for name, value in state.items():
+        if torch.is_tensor(value):
+            assert value.dtype == other[name].dtype and torch.equal(value, other[name]), name
+        else:
+            assert value == other[name], name

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 import fira_hf
 import forks
 from conftest import build_llama, build_tokens, trainer_settings
+from reference import assert_same_state
 
 STEPS, STOP = 12, 5
 
@@ -76,12 +77,7 @@ def test_resume_is_bit_equal(tmp_path, kind, gap):
     assert resumed.state.global_step == STEPS
     assert_equal_bits(parameters(whole.model), parameters(resumed.model))
     for one, other in zip(states(whole), states(resumed), strict=True):
-        assert one.keys() == other.keys()
-        for key, value in one.items():
-            if torch.is_tensor(value):
-                assert value.dtype == other[key].dtype and torch.equal(value, other[key]), key
-            else:
-                assert value == other[key], key
+        assert_same_state(one, other)
 
 
 def test_the_checkpoint_matters(tmp_path):
