@@ -67,8 +67,10 @@ def muon(R: Tensor, moments: Moments, betas: tuple[float, float], add: Add) -> T
 # 0.7 and 1.2, and those that are smaller grow 485-fold.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
-# Above this rank an accelerator iterates on X, in bf16 on its tensor cores: products of r x r in fp32 would cost more.
-GRAM_RANK = 512
+# Above this rank a device with units for products in bf16 iterates on X: products of r x r in fp32 would cost more.
+GRAM_RANK = {"accelerator": 512, "cpu": 256}
+# Of the CPU: AMX. Without it products in bf16 may take a hundred times as long as in fp32. torch 2.9 does not tell.
+MULTIPLIES_BF16 = hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 def orthogonalized(X: Tensor, add: Add = None) -> Tensor:
@@ -77,17 +79,22 @@ def orthogonalized(X: Tensor, add: Add = None) -> Tensor:
     The polynomial p is found on the r x r matrix alone, so two products of X's size are all there are. Zeros stay, and
     so does whatever rank X lacks: nothing is inverted.
     """
-    if X.device.type != "cpu" and X.shape[2] > GRAM_RANK:
+    if X.device.type != "cpu":
+        in_bf16 = X.shape[2] > GRAM_RANK["accelerator"]
+    else:  # processes on CPUs of two kinds would wait for sums that the others do not make
+        in_bf16 = X.shape[2] > GRAM_RANK["cpu"] and add is None and MULTIPLIES_BF16
+    if in_bf16:
         return orthogonalized_in_bf16(X, add)
     a, b, c = NEWTON_SCHULZ
     gram = X.mT @ X
     gram = gram if add is None else add(gram)
     square = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_(min=TINY).view(-1, 1, 1)
-    A, eye = gram / square, torch.eye(X.shape[2], dtype=X.dtype, device=X.device).expand_as(gram)
-    whole, a_eye = eye, a * eye
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        factor = torch.baddbmm(A, A, A, beta=b, alpha=c).add_(a_eye)
-        whole, A = whole @ factor, factor @ A @ factor  # all are polynomials of one matrix: they commute
+    A, eye = gram / square, torch.eye(X.shape[2], dtype=X.dtype, device=X.device)
+    whole = factor = torch.baddbmm(A, A, A, beta=b, alpha=c).add_(eye, alpha=a)
+    for _ in range(NEWTON_SCHULZ_STEPS - 1):
+        A = factor @ A @ factor  # all are polynomials of one matrix: they commute
+        factor = torch.baddbmm(A, A, A, beta=b, alpha=c).add_(eye, alpha=a)
+        whole = whole @ factor
     return X @ (whole / square.sqrt())
 
 

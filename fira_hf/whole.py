@@ -53,7 +53,7 @@ def encode(values: Tensor, bits: int, draws: torch.Generator | None = None) -> t
     most, n = 2 ** (bits - 1) - 1, values.shape[-1]
     values = torch.nn.functional.pad(values, (0, -n % GROUP)) if n % GROUP else values
     values = values.unflatten(-1, (-1, GROUP))
-    scales = scales_above(torch.linalg.vector_norm(values, torch.inf, -1).div_(most))
+    scales = scales_above(values.abs().amax(-1).div_(most))
     codes = values / scales.float().unsqueeze(-1)
     if draws is None:
         codes = codes.round_()
@@ -62,8 +62,8 @@ def encode(values: Tensor, bits: int, draws: torch.Generator | None = None) -> t
     codes = codes.clamp_(-most, most)  # the quotient may be an ulp above, which at random would round up
     if bits == 8:
         return codes.to(torch.int8).flatten(-2), scales
-    low, high = codes.add_(8).to(torch.uint8).chunk(2, dim=-1)
-    return high.bitwise_left_shift(4).bitwise_or_(low).flatten(-2), scales
+    low, high = codes.add_(8).chunk(2, dim=-1)
+    return low.add(high, alpha=16).to(torch.uint8).flatten(-2), scales
 
 
 def scales_above(sizes: Tensor) -> Tensor:

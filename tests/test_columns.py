@@ -72,6 +72,15 @@ def test_a_moment_of_low_rank_or_none_stays_finite(orthogonalized):
     assert found.isfinite().all() and found[0].norm() > 0.5 and not found[2].any()
 
 
+def test_processes_on_cpus_of_two_kinds_add_up_as_often(monkeypatch):
+    """Or each would wait for a sum that the other does not make."""
+    X, sums = torch.randn(1, 300, 260, generator=torch.Generator().manual_seed(0)), []
+    for has_units in (False, True):
+        monkeypatch.setattr(base_optimizers, "MULTIPLIES_BF16", has_units)
+        base_optimizers.orthogonalized(X, add=lambda A: sums.append(A.shape) or A)
+    assert sums == [(1, 260, 260)] * 2
+
+
 # --------------------------------------------------------------------------- the equations
 
 
