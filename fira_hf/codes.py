@@ -84,14 +84,18 @@ def encode(values: Tensor, code: Code, seeds: Sequence[int] | None = None) -> tu
     r, shift = values.shape[-1], 23 - code.bits
     sizes = values.abs()
     padded = torch.nn.functional.pad(sizes, (0, -r % GROUP)) if r % GROUP else sizes
-    scales = scales_above(padded.unflatten(-1, (-1, GROUP)).amax(-1))
-    z = sizes.mul(_spread(code.span / scales.float(), r)).add_(2.0**-code.octaves)
-    half = 1 << (shift - 1)
-    found = z.view(torch.int32).add_(half if seeds is None else _noise(z, seeds).bitwise_left_shift_(shift - 16))
+    grouped = padded.unflatten(-1, (-1, GROUP))
+    scales = scales_above(grouped.amax(-1))
+    z = grouped.mul_((code.span / scales.float()).unsqueeze(-1)).flatten(-2)[..., :r].add_(2.0**-code.octaves)
+    found = z.view(torch.int32)
+    if seeds is not None:  # from minus a half of a step to just below the other half
+        found.add_(_noise(z, seeds), alpha=1 << (shift - 16))
+    found.add_((1 << (shift - 1)) - (code.first << shift))
     # A quotient may come out an ulp above its largest value.
-    found = found.bitwise_right_shift_(shift).sub_(code.first).clamp_(0, code.last)
-    found = found.maximum((values > 0).int()) if code.dtype == torch.uint8 else found.mul_(values.sign().int())
-    return found.to(code.dtype), scales
+    found = found.bitwise_right_shift_(shift).clamp_(0, code.last).to(code.dtype)
+    if code.dtype == torch.uint8:
+        return found.maximum((values > 0).view(torch.uint8)), scales
+    return found.mul_(values.sign().to(code.dtype)), scales
 
 
 def decode(codes: Tensor, scales: Tensor, code: Code) -> Tensor:
@@ -107,10 +111,10 @@ def _spread(scales: Tensor, r: int) -> Tensor:
 
 
 def _noise(like: Tensor, seeds: Sequence[int]) -> Tensor:
-    """16 random bits for each element of (B, ...), int32. A second moment that moves by a thousandth asks for more
-    than the eight that serve in `whole`."""
+    """16 random bits for each element of (B, ...), a signed int32. A second moment that moves by a thousandth asks for
+    more than the eight that serve in `whole`."""
     words = torch.empty(len(like), -(-like[0].numel() // 4), dtype=torch.int64, device=like.device)
     for row, seed in zip(words, seeds, strict=True):
         row.random_(-(2**63), None, generator=F.generator(like, seed))
     halves = words.view(torch.int16)[:, : like[0].numel()]
-    return halves.to(torch.int32).bitwise_and_(0xFFFF).view(like.shape)
+    return halves.to(torch.int32).view(like.shape)

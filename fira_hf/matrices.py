@@ -169,7 +169,7 @@ def read(matrices: Sequence[Matrix], name: str) -> list[Tensor]:
         return stored
     scales, ops = [matrix[name + SCALE] for matrix in matrices], operations(matrices[0].parameter)
     if ops is F:
-        return list(decode(torch.stack(stored), torch.stack(scales), CODES[name]))
+        return [decode(one, scale, CODES[name]) for one, scale in zip(stored, scales, strict=True)]
     return list(ops.decode(stored, scales, CODES[name]))
 
 
@@ -194,10 +194,10 @@ def write(
     if ops is not F:
         ops.encode(torch.stack(list(values)), stored, scales, CODES[name], active, seeds)
         return
-    both = zip((stored, scales), encode(torch.stack(list(values)), CODES[name], seeds), strict=True)
-    for olds, coded in both:
-        new = coded if active is None else torch.where(active.view(-1, 1, 1), coded, torch.stack(olds))
-        torch._foreach_copy_(olds, list(new))
+    for i, value in enumerate(values):
+        coded = encode(value[None], CODES[name], seeds and seeds[i : i + 1])
+        for old, (new,) in zip((stored[i], scales[i]), coded, strict=True):
+            old.copy_(new if active is None else torch.where(active[i], new, old))
 
 
 def update_moments(
