@@ -12,7 +12,7 @@ from recipes.commonsense.tasks import TASKS
 from recipes.report import by_method
 from recipes.settings import BEFORE
 
-REFERENCES = (BEFORE, "lora", "adamw-full")
+REFERENCES = (BEFORE, "lora", "adamw-full", "fira-full")
 
 
 def differences(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
