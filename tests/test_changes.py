@@ -153,6 +153,7 @@ def test_a_weight_without_a_gradient_is_not_asked():
     p.grad = gradients(SHAPE, 1)[0]
     idle.data = idle.data.double()
     optimizer.step()
+    assert (p != weight(SHAPE)).any() and (idle == weight(SHAPE)).all()
 
 
 @of_kinds
@@ -319,6 +320,7 @@ def test_frozen_weights_of_any_dtype_may_be_in_a_group():
     optimizer = FiraAdamW([{"params": [p, frozen], "rank": 4}])
     p.grad = gradients(SHAPE, 1)[0]
     optimizer.step()
+    assert (p != weight(SHAPE)).any() and not frozen.any()
 
 
 def test_a_weight_that_was_added_to_a_group_by_hand_has_a_name_in_errors():

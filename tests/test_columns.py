@@ -269,3 +269,4 @@ def test_the_default_device_of_torch_decides_nothing():
         optimizer.step()
     finally:
         torch.set_default_device(None)
+    assert p.device.type == "cpu" and (p != weight((12, 8))).any()

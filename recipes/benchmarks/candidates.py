@@ -24,19 +24,13 @@ DEFAULTS: dict[str, Any] = {
     "subspace": "power",  # "columns": a block of neighbouring ones, in turns; "blocks": all of them, each by itself
     "residual": "none",  # see RESIDUALS; of the moment where that is full, or else of the gradient
     "weight": 1.0,  # of the residual
-    "constant": False,  # the residual's weight does not follow the schedule of the learning rate
-    "growth": None,  # the most by which the residual's norm may grow from step to step
-    "first": 1.0,  # what is left of the residual at the first step, where its growth begins
-    "warm": 0.0,  # exponent of 1 - beta^age on a block's update, which begins small where a moment begins anew
     "bits": None,  # of a full moment: 8 or 4, in blocks of 32
     "nearest": False,  # its codes are rounded to the nearest, not at random
     "follows": "moment",  # what the leading directions are those of, with a full moment; or the "gradient"
     "ahead": True,  # the residual of a full moment is that of X, not of the moment itself
-    "nesterov": True,
     "beta": 0.9,
     "after": None,  # "rows" or "outputs" of the update are brought to one size, as in NorMuon (2510.05491)
     "after_beta": 0.95,  # of the running mean square by which that is done
-    "cautious": False,  # only where the update has the sign of the gradient, as in 2411.16085
 }
 
 
@@ -52,8 +46,6 @@ RESIDUALS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "rows": lambda E, Z, N: unit(E, 1),
     "columns": lambda E, Z, N: unit(E, 0),
     "rows-columns": lambda E, Z, N: unit(unit(E, 1), 0),
-    "rows-columns-2": lambda E, Z, N: unit(unit(unit(unit(E, 1), 0), 1), 0),
-    "signs": lambda E, Z, N: E.sign(),
 }
 
 
@@ -78,14 +70,11 @@ class Candidate(Peer):
             norm = update.norm()
             update = update / state["of_rows"].sqrt().clamp(min=TINY)
             update = update * (norm / update.norm().clamp(min=TINY))
-        if group["cautious"]:
-            mask = (update * p.grad > 0).to(update.dtype)
-            update = update * mask / mask.mean().clamp(min=TINY)
         return update
 
     def _direction(self, G: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
         m, n = G.shape
-        rank, beta = min(group["rank"], n), group["beta"]
+        rank = min(group["rank"], n)
         step = state["step"] = state.get("step", -1) + 1
         whole = self._moment(state, G, group) if group["moment"] == "full" else None
         if group["subspace"] == "blocks":
@@ -97,12 +86,11 @@ class Candidate(Peer):
         Q = state["basis"]
         R = of @ Q
         Z = self._moment(state, R, group) if whole is None else R
-        age = step % group["update_proj_gap"] + 1
-        N = orthogonalized(Z[None])[0] * (1 - beta**age) ** group["warm"]
+        N = orthogonalized(Z[None])[0]
         update = N @ Q.T
         if group["residual"] != "none":
             of = of if group["ahead"] else state["moment"]
-            update = update + self._residual(of - of @ Q @ Q.T, Z, N, n - rank, state, group)
+            update = update + self._residual(of - of @ Q @ Q.T, Z, N, n - rank, group)
         return 0.2 * math.sqrt(m) * update
 
     def _moment(self, state: dict[str, Any], value: Tensor, group: dict[str, Any]) -> Tensor:
@@ -112,7 +100,7 @@ class Candidate(Peer):
         M = state["moment"].lerp_(value, 1 - group["beta"])
         if group["bits"]:
             M.copy_(decode(*encode(M, 32, group["bits"], None if group["nearest"] else self.generator), M))
-        return M.lerp(value, 1 - group["beta"]) if group["nesterov"] else M.clone()
+        return M.lerp(value, 1 - group["beta"])
 
     def _change_basis(self, of: Tensor, state: dict[str, Any], rank: int, group: dict[str, Any]) -> None:
         n = of.shape[1]
@@ -130,15 +118,8 @@ class Candidate(Peer):
         if before is not None and group["moment"] == "low-rank":
             state["moment"] = state["moment"] @ (before.T @ state["basis"])
 
-    def _residual(
-        self, E: Tensor, Z: Tensor, N: Tensor, left: int, state: dict[str, Any], group: dict[str, Any]
-    ) -> Tensor:
+    def _residual(self, E: Tensor, Z: Tensor, N: Tensor, left: int, group: dict[str, Any]) -> Tensor:
         S = RESIDUALS[group["residual"]](E, Z, N)
         if group["residual"] != "phi":
             S = S * (math.sqrt(left) / S.norm().clamp(min=TINY))
-        if group["growth"] is not None:
-            norm = S.norm()
-            allowed = group["growth"] * state["residual_norm"] if "residual_norm" in state else group["first"] * norm
-            S = S * (allowed / norm.clamp(min=TINY)).clamp(max=1)
-            state["residual_norm"] = S.norm()
-        return S * (group["weight"] * (group["initial_lr"] / group["lr"] if group["constant"] else 1.0))
+        return S * group["weight"]

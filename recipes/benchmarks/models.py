@@ -13,7 +13,7 @@ from recipes.pretraining.settings import RECIPE
 
 @dataclass(frozen=True)
 class Size:
-    """Width, width of the MLP, attention heads, layers, and the rank of the published pre-training."""
+    """Width, width of the MLP, attention heads, layers, and the rank of what is timed."""
 
     hidden: int
     intermediate: int
