@@ -79,23 +79,8 @@ def test_step_times_methods_side_by_side(tmp_path, capsys):
 
 def test_a_method_that_fails_is_reported_and_the_others_go_on(monkeypatch, tmp_path):
     monkeypatch.setattr(FiraAdamW, "step", lambda self: (_ for _ in ()).throw(RuntimeError("broken")))
-    assert (
-        step.main(
-            [
-                "--size",
-                "tiny",
-                "--steps",
-                "2",
-                "--methods",
-                "fira_hf;adamw",
-                "--device",
-                "cpu",
-                "--output",
-                str(tmp_path / "step.json"),
-            ]
-        )
-        == 0
-    )
+    words = ["--size", "tiny", "--steps", "2", "--methods", "fira_hf;adamw", "--device", "cpu"]
+    assert step.main([*words, "--output", str(tmp_path / "step.json")]) == 0
     found = json.loads((tmp_path / "step.json").read_text())["milliseconds"]
     assert "broken" in found["fira_hf"]["error"] and found["adamw"]["ordinary"] > 0
 
