@@ -69,15 +69,17 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """A line a method over its rates, of the runs that are shown."""
     figure = Figure(figsize=(8.5, 5), layout="constrained")
     axis = figure.subplots()
-    for method, of_method in groupby(runs, key=lambda run: run["method"]):
+    for number, (method, of_method) in enumerate(groupby(runs, key=lambda run: run["method"])):
         shown = [run for run in of_method if is_shown(run)]
         colour, marker = STYLES.get(method, ("#333333", "o"))
         xs, ys = [run["other_loss"] for run in shown], [run["eval_loss"] for run in shown]
         axis.plot(xs, ys, color=colour, marker=marker, label=method)
         for run in shown:
-            where = (run["other_loss"], run["eval_loss"])
-            axis.annotate(_as_word(_rate(run)), where, (4, 4), textcoords="offset points", fontsize=7, color=colour)
+            where, side = (run["other_loss"], run["eval_loss"]), (-5, -10) if number % 2 else (5, 4)
+            look = {"fontsize": 8, "color": colour, "horizontalalignment": "right" if number % 2 else "left"}
+            axis.annotate(_as_word(_rate(run)), where, side, textcoords="offset points", **look)
     axis.axvline(runs[0]["other_loss_before"], color="0.5", linestyle=":", label="before training")
+    axis.text(0.01, 0.01, "lower left: better", transform=axis.transAxes, fontsize=9, color="0.4")
     axis.set(xlabel="loss on the old text, nats a token: to the right, more is forgotten")
     axis.set(ylabel="loss on the new text: below, more is learned", title="learned and forgotten, by learning rate")
     axis.grid(alpha=0.3)

@@ -96,7 +96,7 @@ def by_state(content: dict[str, Any]) -> Figure:
         if front:
             xs, ys = zip(*front, (0.85 * COLUMN, front[-1][1]), strict=True)
             axis.step(xs, ys, where="post", color="0.35", linewidth=1.3, zorder=1)
-        axis.set(title=title(regime), xscale="log", xlim=(NOTHING / 1.3, 400), ylabel="validation loss, nats a byte")
+        axis.set(title=title(regime), xscale="log", xlim=(NOTHING / 1.3, 900), ylabel="validation loss, nats a byte")
         axis.set_xlabel("bytes of optimizer state a weight of the matrices")
         ticks = [NOTHING, 0.03, 0.1, 0.3, 1, 4, 8]
         axis.set_xticks(ticks, ["0", *(f"{tick:g}" for tick in ticks[1:])])
@@ -137,12 +137,12 @@ def by_regime(content: dict[str, Any]) -> Figure:
     handles: dict[str, Any] = {}
     for axis, (base, called) in sides:
         for number, name in enumerate(names):
-            aside = 0.2 * (number / max(len(names) - 1, 1) - 0.5)  # so that bars do not lie on one another
+            aside = 0.5 * (number / max(len(names) - 1, 1) - 0.5)  # so that bars do not lie on one another
             here = [(one[name], one[base]) if name in one and base in one else None for one in found]
             ran = [both[0] for both in here if both]
             if name == base or not ran:
                 continue
-            nowhere = [math.nan]  # a line ends where a method was not run
+            nowhere = [math.nan]
             gaps = [
                 [loss - both[1].losses[s] for s, loss in both[0].losses.items() if s in both[1].losses]
                 if both
@@ -155,7 +155,7 @@ def by_regime(content: dict[str, Any]) -> Figure:
                 [max(gap) - mean for mean, gap in zip(apart, gaps, strict=True)],
             ]
             places = [index + aside for index in range(len(regimes))]
-            look = style(content, ran[0])
+            look = style(content, ran[0]) | {"linestyle": "none"}  # regimes have no order
             handles[ran[0].label] = axis.errorbar(places, apart, spread, capsize=2, **look)
         axis.axhline(0, color="0.4", linewidth=1)
         axis.set_xticks(range(len(regimes)), [title(regime).replace(", ", "\n") for regime in regimes], fontsize=8)
