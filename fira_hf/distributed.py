@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,14 @@ def broadcast(Q: Tensor | None, like: Tensor, owner: int, group: ProcessGroup) -
         flat.copy_(torch.full_like(like, torch.nan).t() if Q is None else Q.t())
     dist.broadcast(flat, group=group, group_src=owner)
     return flat.t()
+
+
+def add_up_gradients(parameters: Iterable[Any]) -> None:
+    """Where a process has a part of a sum, as for a replicated weight beside sharded activations, it gets the gradient
+    of its part of the weight."""
+    for p in parameters:
+        if isinstance(p, DTensor) and isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
+            p.grad = p.grad.redistribute(placements=p.placements)
 
 
 @dataclass(frozen=True)

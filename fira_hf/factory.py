@@ -64,7 +64,8 @@ def fira_adamw(params: Iterable[Any], lr: float = FiraConfig.lr, **settings: Any
 
     For programs that make an optimizer by a dotted name and keywords, such as sd-scripts and musubi-tuner. `settings`
     are those of `FiraConfig` that choose no layers, `rank`, `gamma`, `weight_decay` and so on, and `preset`, one of
-    `PRESETS`, which they override. Groups keep their own learning rate and weight decay.
+    `PRESETS`, which they override. Groups keep their own learning rate and weight decay. Matrices that are frozen now
+    are trained by AdamW if they are thawed later: for Fira, make the optimizer anew.
 
     Raises:
         ValueError: a setting is unknown or not valid, or there is no matrix that is trained.

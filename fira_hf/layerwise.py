@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Variable
 
+from .distributed import add_up_gradients
 from .int8 import stored
 from .optimizer import FiraAdamW
 from .state import first_states
@@ -120,6 +121,9 @@ class StepInBackward:
         group, place = self._weights[p]
         if self._group is not None:
             self._average(p, place)
+        add_up_gradients([p])
+        if p.grad.is_sparse:  # which gradients are to come was not known above
+            self._optimizer.check_step(self._optimizer.param_groups[group], [p])
         is_new = not self._optimizer.state.get(p)
         if is_new and self._first is None:
             self._first = first_states(self._optimizer.param_groups)

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import functional as F
 from . import int8, views, whole
@@ -273,6 +275,8 @@ def batches(matrices: Iterable[Matrix], rank: int) -> Iterator[list[Matrix]]:
 def operations(p: Tensor) -> Any:
     """The module that makes the steps of such a weight: `functional`, or `kernels` where Triton can run them and the
     environment does not say FIRA_HF_TRITON=0."""
+    if is_traceable_wrapper_subclass(p) and not isinstance(p, DTensor) and not int8.is_int8(p):
+        return F  # the numbers of torchao's tensors lie in other ones, whose addresses are not its own
     return _operations(p.device)
 
 

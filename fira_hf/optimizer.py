@@ -15,7 +15,7 @@ from . import functional as F
 from .checkpoint import IMPLEMENTATION, check_checkpoint, pairs
 from .config import FiraConfig
 from .dense import create_dense, step_dense
-from .distributed import agree, local, shards_of
+from .distributed import add_up_gradients, agree, local, shards_of
 from .groups import (
     check_group,
     check_rates,
@@ -132,7 +132,7 @@ class FiraAdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             check_group(self.param_groups[-1])
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
 
@@ -145,17 +145,32 @@ class FiraAdamW(torch.optim.Optimizer):
                 loss = closure()
         work = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         for group, parameters in work:
+            add_up_gradients(parameters)
             self.check_step(group, parameters)
         is_rehearsal = self._is_rehearsal()
         first = None
         if any(not self.state.get(p) for _, parameters in work for p in parameters):
             first = first_states(self.param_groups)
+        calls = {p: self.state[p]["calls"] for _, parameters in work for p in parameters if self.state.get(p)}
         # Where memory runs out, it does as states and bases are made: no weight has been written by then.
-        matrices = [self._prepare(group, parameters, first, is_rehearsal) for group, parameters in work]
+        try:
+            matrices = [self._prepare(group, parameters, first, is_rehearsal) for group, parameters in work]
+        except BaseException:
+            self._take_back(work, calls)
+            raise
         if not is_rehearsal:
             for (group, parameters), own in zip(work, matrices, strict=True):
                 self._write(group, parameters, own)
         return loss
+
+    def _take_back(self, work: list[tuple[dict[str, Any], list[Any]]], calls: dict[Any, int]) -> None:
+        """After an error before any weight was written: the next step is this one again."""
+        for _, parameters in work:
+            for p in parameters:
+                if p in calls:
+                    self.state[p]["calls"] = calls[p]
+                else:
+                    self.state.pop(p, None)
 
     def check_step(self, group: dict[str, Any], parameters: list[Any]) -> None:
         """Whether these parameters of a group can be stepped with the gradients they have. Reads and writes no data.
@@ -303,7 +318,8 @@ class FiraAdamW(torch.optim.Optimizer):
         return dict(zip(STATISTICS, (sums[1:] / sums[0]).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch's optimizers give it, with copies of the bases."""
+        """The state as torch's optimizers give it, with copies of the bases. To go back to it later in this process,
+        keep a `copy.deepcopy` of it, as with any of them: the moments in it are those that the next steps change."""
         # Hooks that others have registered come after this one, and see what is saved.
         hook = self.register_state_dict_post_hook(_as_saved, prepend=True)
         try:

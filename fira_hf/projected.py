@@ -81,7 +81,7 @@ def step_projected(matrices: list[Matrix], group: dict[str, Any], watch: Watch =
         group["residual"]
     ]
     if wholes:
-        phi, left = whole.row_scale(G_norms, R_norms, long, short, R.shape[2])
+        phi, left = whole.row_scale(G_norms, R_norms, long, short, R.shape[2], add)
         norm = F.total_norms(left, add)
     else:
         phi = F.residual_scale(N_norms, R_norms, group["scaling"], add)

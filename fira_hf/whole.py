@@ -33,6 +33,9 @@ from . import functional as F
 
 BITS = {"int8": 8, "int4": 4}
 GROUP = 32  # values with one scale
+# Of the mean of a matrix: below it a row is not brought to the size of the others. Where its gradient has stopped, its
+# moment dies away and is rounding noise in the end, of which the row would be trained, if it were.
+ALIVE = 1e-2
 BLOCK = 2**18  # elements that are taken together: what is made of them stays in the cache
 
 
@@ -74,11 +77,12 @@ def scales_above(sizes: Tensor) -> Tensor:
 
 
 def _uniform(like: Tensor, draws: torch.Generator) -> Tensor:
-    """In [0, 1), of 8 random bits each, which is fine enough between two codes: eight of one draw of 64 bits."""
-    words = torch.empty(-(-like.numel() // 8), dtype=torch.int64, device=like.device).random_(
+    """In [0, 1), of 16 random bits each, four of one draw of 64: with beta1 = 0.999 a code of 1 changes by a
+    thousandth, and has to."""
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_(
         -(2**63), None, generator=draws
     )
-    return words.view(torch.uint8)[: like.numel()].view(like.shape).to(torch.float32).add_(0.5).mul_(2**-8)
+    return words.view(torch.int16)[: like.numel()].view(like.shape).to(torch.float32).add_(2**15 + 0.5).mul_(2**-16)
 
 
 def decode(codes: Tensor, scales: Tensor, n: int) -> Tensor:
@@ -155,19 +159,26 @@ def project(
     return Z, norms
 
 
-def row_scale(X_norms: Tensor, Z_norms: Tensor, long: int, short: int, rank: int) -> tuple[Tensor, Tensor]:
+def row_scale(
+    X_norms: Tensor, Z_norms: Tensor, long: int, short: int, rank: int, add: F.Add = None
+) -> tuple[Tensor, Tensor]:
     """phi, (B, long, 1), and the norms of the rows of the residual, which are alike.
 
-    A row whose rest is below a thousandth of it is left small: there the closed form is rounding noise.
+    Rows whose rest is below a thousandth of them are left small: there the closed form is rounding noise. And so are
+    those below a hundredth of what the rows of the matrix have on average.
     """
     left = (X_norms.square() - Z_norms.square()).clamp_(min=0).sqrt_()
-    phi = math.sqrt((short - rank) / long) / left.maximum(F.NEGLIGIBLE * X_norms).clamp_(min=F.TINY)
+    means = F.total_norms(torch.cat([left, X_norms], dim=-1), add) / math.sqrt(long)
+    floor = (ALIVE * means[..., :1]).maximum(F.NEGLIGIBLE * X_norms.maximum(means[..., 1:]))
+    phi = math.sqrt((short - rank) / long) / left.maximum(floor).clamp_(min=F.TINY)
     return phi, phi * left
 
 
 def equal_rows(N_norms: Tensor, long: int, rank: int) -> Tensor:
-    """What makes the norms of the rows of N, (B, rows, 1), sqrt(r / long); zeros stay."""
-    return math.sqrt(rank / long) / N_norms.clamp(min=F.TINY)
+    """What makes the norms of the rows of N, (B, rows, 1), sqrt(r / long), which they are on average as N is nearly
+    orthonormal; those below a hundredth of it stay small."""
+    size = math.sqrt(rank / long)
+    return size / N_norms.clamp(min=ALIVE * size)
 
 
 def apply_updates(

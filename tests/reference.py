@@ -80,10 +80,13 @@ def fira_step(
         moments = {"exp_avg": moving("exp_avg", betas[0], R), "exp_avg_sq": moving("exp_avg_sq", betas[1], R**2)}
         N = moments["exp_avg"] / (moments["exp_avg_sq"].sqrt() + eps)
 
-    if M is not None:
-        N = N / N.norm(dim=1, keepdim=True).clamp(min=1e-30) * math.sqrt(Q.shape[1] / len(G))
+    if M is not None:  # rows below a hundredth of the mean stay small
+        size = math.sqrt(Q.shape[1] / len(G))
+        N = N / N.norm(dim=1, keepdim=True).clamp(min=0.01 * size) * size
         left = (G - R @ Q.T).norm(dim=1, keepdim=True)
-        phi = math.sqrt((Q.shape[0] - Q.shape[1]) / len(G)) / left.clamp(min=1e-30)
+        phi = math.sqrt((Q.shape[0] - Q.shape[1]) / len(G)) / left.clamp(
+            min=max(1e-30, 0.01 * left.square().mean().sqrt())
+        )
     elif scaling == "column":
         phi = N.norm(dim=1, keepdim=True) / (R.norm(dim=1, keepdim=True) + 1e-8)
     elif scaling == "matrix":

@@ -33,6 +33,19 @@ def tensors(state):
     return {name: tensor.clone() for name, tensor in state.items() if torch.is_tensor(tensor)}
 
 
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+def test_what_rounding_the_basis_leaves_of_a_residual_limits_no_later_one(state_dtype):
+    """The first gradients lie in the subspace, and what seems to be outside is an error of the closed form."""
+    generator = torch.Generator().manual_seed(0)
+    for rank in (1, 4, 16):
+        for _ in range(20):
+            p = weight((96, 64))
+            optimizer = FiraAdamW([{"params": [p], "rank": 32, "state_dtype": state_dtype}])
+            p.grad = torch.randn(96, rank, generator=generator) @ torch.randn(rank, 64, generator=generator)
+            optimizer.step()
+            assert optimizer.state[p]["residual_norm"] == math.inf, rank
+
+
 # --------------------------------------------------------------------------- codes
 
 

@@ -62,6 +62,8 @@ def test_refused_group_is_not_added():
     optimizer = FiraAdamW([weight((12, 8))])
     with pytest.raises(ValueError, match="rank"):
         optimizer.add_param_group({"params": [weight((12, 8))], "rank": 0})
+    with pytest.raises(TypeError):
+        optimizer.add_param_group({"params": [weight((12, 8))], "rank": 4, 1: 2})
     assert len(optimizer.param_groups) == 1
     optimizer.add_param_group({"params": [weight((12, 8))], "rank": 4})
     assert len(optimizer.param_groups) == 2

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from conftest import build_llama
-from fira_hf import FiraAdamW, FiraConfig, functional, get_fira_optimizer, int8
+from fira_hf import FiraAdamW, FiraConfig, functional, get_fira_optimizer, int8, matrices
 from fira_hf.layerwise import step_in_backward
 from fira_hf.memory import predict_memory
 from fira_hf.meta_models import switch_on_checkpointing
@@ -19,6 +19,7 @@ from test_accelerator import no_reads
 from test_memory import assert_step_is_as_predicted
 
 torchao = pytest.importorskip("torchao.prototype.quantized_training")
+quantize_ = pytest.importorskip("torchao.quantization").quantize_
 SHAPES = [(96, 40), (40, 96), (48, 48)]
 SETTINGS = [{}, {"projection": "columns"}, {"residual": "none"}, {"split": 2}, {"base_optimizer": "muon"}]
 
@@ -107,6 +108,15 @@ def test_a_step_is_that_of_the_dequantised_weight_but_for_one_rounding(shape, dt
             optimizer.step()
         assert not torch.equal(values(p), before)
         assert ((values(p) - exact.double()).abs() <= 1.0001 * p.scale.double().unsqueeze(1)).all()
+
+
+def test_weights_of_which_no_address_is_known_do_not_go_to_the_kernels(monkeypatch):
+    """Those that torchao multiplies in int8 hold their numbers in another tensor: their own address is 0."""
+    monkeypatch.setattr(matrices, "_operations", lambda device: "kernels")
+    layer = torch.nn.Linear(32, 16, bias=False)
+    assert matrices.operations(layer.weight) == "kernels" == matrices.operations(quantised(normal(16, 32)))
+    quantize_(layer, torchao.int8_mixed_precision_training())
+    assert layer.weight.data.data_ptr() == 0 and matrices.operations(layer.weight) is functional
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

@@ -35,6 +35,13 @@ def test_a_scaler_of_ones_own_is_noticed():
         scaler.step(optimizer)
 
 
+def test_a_sparse_gradient_is_named():
+    model = nn.Sequential(nn.Embedding(20, 16, sparse=True), nn.Linear(16, 16))
+    step_in_backward(get_fira_optimizer(model, FiraConfig(rank=4)))
+    with pytest.raises(RuntimeError, match="sparse=False in the embedding"):
+        model(torch.tensor([1, 2, 3])).square().sum().backward()
+
+
 @pytest.mark.parametrize("engine", ["DeepSpeed", "FSDP"])
 def test_engines_that_shard_weights_are_refused(tmp_path, engine, monkeypatch):
     args = TrainingArguments(**trainer_settings(output_dir=str(tmp_path), optim=NAME))

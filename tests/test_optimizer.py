@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 
+import fira_hf.optimizer
 from fira_hf import PUBLISHED, FiraAdamW
 from fira_hf import functional as F
 from reference import fira_step, gradients, weight
@@ -389,6 +390,39 @@ def test_memory_that_runs_out_as_states_are_made_has_written_nothing(monkeypatch
     other, *expected = build()
     other.step()
     assert all(map(torch.equal, weights, expected))
+
+
+@pytest.mark.parametrize("projection", ["columns", "power"])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_step_that_memory_ran_out_of_can_be_made_again(failing, projection, monkeypatch):
+    """Neither the turn of a subspace nor what becomes of its moments is lost, whichever group ran out."""
+
+    def train(fails):
+        weights, generator = [weight((12, 8)), weight((12, 8))], torch.Generator().manual_seed(0)
+        common = {"rank": 2, "update_proj_gap": 3, "refresh": "together", "projection": projection}
+        optimizer = FiraAdamW([{"params": [p], **common} for p in weights], lr=1e-2)
+        for step in range(8):
+            for p in weights:
+                p.grad = torch.randn(12, 8, generator=generator)
+            if step in (0, 3) and fails:
+                left, refresh = [failing], fira_hf.optimizer.refresh
+
+                def runs_out(*given, left=left, refresh=refresh):
+                    if not left[0]:
+                        raise torch.OutOfMemoryError("out of memory")
+                    left[0] -= 1
+                    refresh(*given)
+
+                with monkeypatch.context() as patched:
+                    patched.setattr("fira_hf.optimizer.refresh", runs_out)
+                    with pytest.raises(torch.OutOfMemoryError):
+                        optimizer.step()
+            optimizer.step()
+        calls = [optimizer.state[p]["calls"] for p in weights]
+        return weights, calls
+
+    (weights, calls), (expected, others) = train(True), train(False)
+    assert calls == others and all(map(torch.equal, weights, expected))
 
 
 def test_a_step_is_made_on_the_device_of_each_weight(monkeypatch):

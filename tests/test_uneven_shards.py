@@ -8,7 +8,7 @@ SCRIPT = """
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from fira_hf import FiraAdamW
@@ -45,6 +45,21 @@ for group in (None, dist.group.WORLD):
         optimizer.step()
     trained.append(experts.full_tensor())
 assert torch.equal(*trained)
+
+# A replicated weight beside sharded activations: each process has a part of the sum that its gradient is.
+inputs, start = torch.randn(6, 8), torch.randn(8, 8)
+for settings in ({}, {"rank": 4}):
+    alone = torch.nn.Parameter(start.clone())
+    replicated = torch.nn.Parameter(distribute_tensor(start.clone(), mesh, [Replicate()]))
+    for p, x in ((alone, inputs), (replicated, sharded(inputs))):
+        optimizer_of_one = FiraAdamW([{"params": [p], **settings}], lr=1e-2)
+        for _ in range(3):
+            p.grad = None
+            (x @ p).square().sum().backward()
+            optimizer_of_one.step()
+    apart = (replicated.to_local() - alone).norm()
+    assert apart < 1e-3 * (alone - start).norm(), (settings, apart)
+
 calls = [None, None]
 dist.all_gather_object(calls, optimizer.state[experts]["calls"])
 assert calls[0] == calls[1] == 3, calls  # a checkpoint has one count for all

@@ -32,6 +32,22 @@ def moment_of(optimizer, p):
     return whole.decode(state["exp_avg"], state["exp_avg_scale"], p.shape[-1])
 
 
+@of_dtypes
+@pytest.mark.parametrize("rank", [6, 48])
+def test_a_row_whose_gradient_has_stopped_comes_to_rest(rank, state_dtype):
+    """As that of a neuron that has died: what is left of its moment is rounding noise in the end, and not to be
+    brought to the size of other rows."""
+    p, generator = weight((64, 48)), torch.Generator().manual_seed(0)
+    optimizer = optimizer_of(p, rank=rank, state_dtype=state_dtype, weight_decay=0.0)
+    for step in range(600):
+        if step == 200:
+            at_rest = p[3].clone()
+        p.grad = 1e-2 * torch.randn(64, 48, generator=generator)
+        p.grad[3] *= step < 5
+        optimizer.step()
+    assert (p[3] - at_rest).norm() < 1e-3 * (p[4] - weight((64, 48))[4]).norm()
+
+
 # --------------------------------------------------------------------------- codes
 
 
@@ -50,6 +66,17 @@ def test_a_code_is_one_of_the_two_neighbours_and_their_mean_the_value(shape, bit
     assert ((found.mean(0) - values).abs() <= 0.12 * steps).all()
     codes, scales = whole.encode(values, bits)
     assert ((whole.decode(codes, scales, shape[-1]) - values).abs() <= 0.501 * steps).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_small_codes_decay_at_a_beta_near_1(bits):
+    """By a thousandth of themselves a step: a draw of few bits would round it up in each."""
+    values, draws = torch.full((256, 32), 1.0), torch.Generator().manual_seed(0)
+    values[:, 0] = 2 ** (bits - 1) - 1
+    for _ in range(1000):
+        values[:, 1:] *= 0.999
+        values = whole.decode(*whole.encode(values, bits, draws), 32)
+    assert values[:, 1:].mean() == pytest.approx(math.exp(-1), rel=0.1)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
