@@ -134,6 +134,12 @@ def build_optimizer(model: nn.Module, config: FiraConfig, params: Iterable[Any])
     optimizer.config = config
     optimizer.summary = summarize(model, plan)
     logger.info(optimizer.summary)
+    adamw = sum(adamw_state_bytes(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+    if plan.state_bytes >= adamw:
+        logger.warning(
+            f"Fira's optimizer state takes {plan.state_bytes:,} bytes here, and AdamW's would take {adamw:,}: lower "
+            "the rank, or train by AdamW."
+        )
     return optimizer
 
 

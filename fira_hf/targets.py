@@ -209,8 +209,19 @@ def _check_entries(config: FiraConfig, everything: list[Layer], candidates: list
             why = "matches only frozen weights" if found else "matches no parameter of the model"
             raise unmatched("target_parameters", [entry], why, others)
     for probe in _probes(config.exclude_modules or []):
-        if not any(_is_excluded(probe, one) for one in candidates) and not any(matches(probe, n) for n in names):
+        if any(_is_excluded(probe, one) for one in candidates):
+            continue
+        modules = [name for name in names if matches(probe, name)]
+        if not modules:
             raise unmatched("exclude_modules", probe, "matches no module of the model", candidates)
+        for name in modules:
+            if any(one.name.startswith(f"{name}.") for one in candidates):
+                entry = probe if isinstance(probe, str) else probe[0]
+                way = rf"{entry}\..*" if isinstance(probe, str) else rf"(.*\.)?{re.escape(entry)}\..*"
+                raise ValueError(
+                    f"exclude_modules: {entry!r} matches {name!r}, which holds linear layers and is none, so it "
+                    f"excludes nothing: write a regular expression of what it holds, exclude_modules={way!r}."
+                )
     indices = config.layers_to_transform
     known = {index for layer in candidates if (index := _layer_index(layer, config)) is not None}
     for index in [indices] if isinstance(indices, int) else indices or []:

@@ -74,6 +74,23 @@ def test_the_same_questions_tell_more_than_two_accuracies():
     assert 0 < low < 0.05 < high < 0.1
 
 
+def test_seeds_that_disagree_tell_nothing_apart_whatever_the_questions_say():
+    """Each example is better by as much, so that the examples alone leave no doubt."""
+    gains = [0.0, -0.04, -0.07]
+    runs = [run("lora", {"boolq": "1010"}, [2.0 + i / 9 for i in range(40)], seed=seed) for seed in range(3)]
+    for seed, gain in enumerate(gains):
+        runs.append(run("fira-full", {"boolq": "1010"}, [2.0 + gain + i / 9 for i in range(40)], seed=seed))
+    found = differences(runs)
+    loss = only(found, "fira-full", "lora")["loss"]
+    assert loss["interval"][1] < 0 and loss["by_seed"] == pytest.approx(gains)
+    expected = stats.ttest_1samp(gains, 0).confidence_interval()
+    assert loss["interval_over_seeds"] == pytest.approx([expected.low, expected.high]) and expected.high > 0
+    assert "By held-out loss: fira-full not told apart from lora." in sentences(found)
+    for one in runs:
+        one["held_out"]["losses"] = [2.0 if one["method"] == "lora" else 1.96] * 40
+    assert "By held-out loss: fira-full below lora." in sentences(differences(runs))
+
+
 def test_of_several_seeds_the_mean_of_each_question_counts():
     seeds = [run("lora", {"boolq": "1100"}, [1.0, 2.0]), run("lora", {"boolq": "1010"}, [3.0, 2.0])]
     found = differences([*seeds, run("fira-full", {"boolq": "0011"}, [1.0, 1.0])])

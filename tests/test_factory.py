@@ -247,6 +247,15 @@ def test_the_summary_counts_what_is_projected_and_what_is_not():
         assert reason in summary
 
 
+def test_a_state_that_saves_nothing_is_a_warning(caplog):
+    """As that of LoRA's matrices at the default rank: the summary, which says so too, is logged as information."""
+    get_fira_optimizer(build_llama(), FiraConfig(rank=2))
+    assert "optimizer state" not in caplog.text
+    optimizer = get_fira_optimizer(build_llama(), FiraConfig(rank=1000))
+    assert "and AdamW's would take" in caplog.text and "lower the rank" in caplog.text
+    assert "Optimizer state" in optimizer.summary
+
+
 def test_the_summary_counts_matrices_and_the_weights_that_hold_them():
     """8 of attention, 4 experts in each of 4 stacks; those of gate_up_proj in two parts, too wide a rank for them."""
     config = FiraConfig(rank=8, rank_pattern={"gate_up_proj": 32}, split_pattern={"gate_up_proj": 2})

@@ -24,6 +24,18 @@ def projected(model: nn.Module, **settings) -> list[str]:
 # --------------------------------------------------------------------------- entries that choose nothing
 
 
+@pytest.mark.parametrize("entry", [["mlp"], ["layers.0"], r"model\.layers\.0"], ids=str)
+def test_a_container_to_exclude_is_named_with_what_excludes_its_layers(entry):
+    """As ["vision_tower"], which would leave that part to Fira without a word."""
+    model = build_llama()
+    with pytest.raises(ValueError, match="which holds linear layers and is none") as refused:
+        find_targets(model, FiraConfig(exclude_modules=entry))
+    advised = eval(str(refused.value).rpartition("exclude_modules=")[2].rstrip("."))
+    left, part = projected(model, exclude_modules=advised), "mlp" if entry == ["mlp"] else "layers.0"
+    assert left and left == [name for name in projected(model) if f"{part}." not in name]
+    assert projected(model, exclude_modules=["norm"]) == projected(model)  # holds none
+
+
 @pytest.mark.parametrize(
     ("targets", "named", "near"),
     [

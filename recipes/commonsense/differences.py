@@ -19,8 +19,8 @@ def differences(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each method to each of REFERENCES: {"method", "minus", "accuracy", "loss"}. One of the last two is None where
     the runs do not share their questions or did not record them; without both there is no entry.
 
-    Of several seeds that both have, the mean over them counts for each question. An interval is over questions, not
-    over seeds.
+    Of several seeds that both have, the mean over them counts for each question. An interval is over questions;
+    `interval_over_seeds` takes them as given.
     """
     of_methods = by_method(runs)
     found = []
@@ -51,18 +51,22 @@ def _accuracy(of_one: list[dict[str, Any]], others: list[dict[str, Any]]) -> dic
     every = np.concatenate(by_task)
     better, worse = int((every > 0).sum()), int((every < 0).sum())
     p = stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
-    return {**intervals.interval(by_task), "tasks": tasks, "better": better, "worse": worse, "mcnemar_p": float(p)}
+    seeds = intervals.over_seeds(of_one, others, lambda run: [right([run], task).mean() for task in tasks])
+    counts = {"better": better, "worse": worse, "mcnemar_p": float(p)}
+    return {**intervals.interval(by_task), **seeds, "tasks": tasks, **counts}
 
 
 def sentences(found: list[dict[str, Any]]) -> list[str]:
-    """What the intervals tell apart and what not, a sentence for each reference and figure."""
+    """What the intervals tell apart and what not, a sentence for each reference and figure. Of several seeds both have
+    to, that over questions and that over seeds."""
     said = []
     for reference in dict.fromkeys(entry["minus"] for entry in found):
         for key, name in (("accuracy", "average accuracy"), ("loss", "held-out loss")):
             groups: dict[str, list[str]] = {"above": [], "below": [], "not told apart from": []}
             for entry in found:
                 if entry["minus"] == reference and entry[key] is not None and entry[key]["interval"] is not None:
-                    low, high = entry[key]["interval"]
+                    ends = [*entry[key]["interval"], *(entry[key]["interval_over_seeds"] or [])]
+                    low, high = min(ends), max(ends)
                     group = "above" if low > 0 else "below" if high < 0 else "not told apart from"
                     groups[group].append(entry["method"])
             parts = [f"{', '.join(methods)} {group} {reference}" for group, methods in groups.items() if methods]

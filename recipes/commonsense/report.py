@@ -75,7 +75,8 @@ _NOTES = (
     "zero is better. The intervals are by the bootstrap over questions, within each task, and over held-out examples; "
     "tasks have equal weights. Better and worse: the number of questions on which the method is; p: McNemar's exact "
     "test on them. With several seeds, each question counts with its mean over them, and an interval is about these "
-    "seeds. An interval without zero tells two methods apart; of twenty intervals one is expected to mislead. A "
+    "seeds; the last column is Student's interval of the loss over the seeds, and what the sentences tell apart both "
+    "do. An interval without zero tells two methods apart; of twenty intervals one is expected to mislead. A "
     "search of learning rates looks at the same held-out examples."
 )
 
@@ -83,12 +84,15 @@ _NOTES = (
 def differences_table(found: list[dict[str, Any]]) -> list[list[str]]:
     """A row for each difference."""
     rows = [["method", "minus", "accuracy", "95% interval", "better", "worse", "p", "validation loss", "95% interval"]]
+    rows[0].append("over seeds")
     for entry in found:
         accuracy, loss = entry["accuracy"], entry["loss"]
         tested = ["-"] * 3
         if accuracy is not None:
             tested = [str(accuracy["better"]), str(accuracy["worse"]), f"{accuracy['mcnemar_p']:.2g}"]
-        rows.append([entry["method"], entry["minus"], *_points(accuracy), *tested, *_nats(loss)])
+        over_seeds = loss and loss.get("interval_over_seeds")
+        of_seeds = f"{over_seeds[0]:+.3f} to {over_seeds[1]:+.3f}" if over_seeds else "-"
+        rows.append([entry["method"], entry["minus"], *_points(accuracy), *tested, *_nats(loss), of_seeds])
     return rows
 
 
