@@ -283,7 +283,8 @@ def test_a_comparison_reports_differences_question_by_question(compared):
     merged = files.read_json(compared.folder / "results.json")
     pairs = [(one["method"], one["minus"]) for one in merged["differences"]]
     methods = ["lora", "fira-on-lora", "fira-full"]
-    assert pairs == [*((method, "before training") for method in methods), *((one, "lora") for one in methods[1:])]
+    of_before, of_lora = [(one, "before training") for one in methods], [(one, "lora") for one in methods[1:]]
+    assert pairs == [*of_before, *of_lora, ("fira-on-lora", "fira-full")]
     full = merged["differences"][2]
     by_method = {one["method"]: one for one in merged["runs"]}
     average = by_method["fira-full"]["average"] - by_method["before training"]["average"]
@@ -304,12 +305,14 @@ def test_the_printed_table_fits_a_terminal_of_100_columns(compared):
     rows = [re.split(r"  +", line.strip()) for line in table if line.strip()]
     titles = [row[0] for row in rows]
     # Nothing but long headings falls into two lines.
-    assert titles.count("95% interval") == 4
+    assert titles.count("95% interval") == 6
     assert [title for title in titles if title.startswith(("accuracy", "loss"))] == [
         "accuracy - before",
         "loss - before",
         "accuracy - lora",
         "loss - lora",
+        "accuracy - fira-full",
+        "loss - fira-full",
     ]
     body = titles[titles.index("trained parameters") :]
     assert all(title[0].isalpha() or title == "95% interval" for title in body)
