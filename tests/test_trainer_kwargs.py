@@ -137,7 +137,7 @@ def test_one_that_projects_something_is_quiet(caplog, tmp_path):
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer_cls, kwargs = given(tmp_path, model)
     makers = [
-        lambda: get_fira_optimizer(model, FiraConfig(rank=4)),
+        lambda: get_fira_optimizer(model, FiraConfig(rank=2)),
         lambda: FiraAdamW([{"params": weights[:1]}, {"params": weights[1:], "rank": 4}]),
         lambda: create_loraplus_optimizer(model, optimizer_cls, loraplus_lr_ratio=16, **kwargs),
     ]
