@@ -135,7 +135,7 @@ def test_an_optimizer_that_projects_nothing_says_so(caplog, make_trainer):
 def test_one_that_projects_something_is_quiet(caplog, tmp_path):
     model = lora()
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer_cls, kwargs = given(tmp_path, model)
+    optimizer_cls, kwargs = given(tmp_path, model, optim_args="rank=2")
     makers = [
         lambda: get_fira_optimizer(model, FiraConfig(rank=2)),
         lambda: FiraAdamW([{"params": weights[:1]}, {"params": weights[1:], "rank": 4}]),
