@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import functional as F
-from .whole import GROUP, scales_above
+from .whole import GROUP, random_bits, scales_above
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,6 @@ def _spread(scales: Tensor, r: int) -> Tensor:
 
 
 def _noise(like: Tensor, seeds: Sequence[int]) -> Tensor:
-    """16 random bits for each element of (B, ...), a signed int32. A second moment that moves by a thousandth asks for
-    more than the eight that serve in `whole`."""
-    words = torch.empty(len(like), -(-like[0].numel() // 4), dtype=torch.int64, device=like.device)
-    for row, seed in zip(words, seeds, strict=True):
-        row.random_(-(2**63), None, generator=F.generator(like, seed))
-    halves = words.view(torch.int16)[:, : like[0].numel()]
-    return halves.to(torch.int32).view(like.shape)
+    """16 random bits for each element of (B, ...), a signed int32; each of B has draws of its own."""
+    draws = [F.generator(like, seed) for seed in seeds]
+    return torch.stack(list(map(random_bits, like, draws))).to(torch.int32)

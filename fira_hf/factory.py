@@ -134,11 +134,10 @@ def build_optimizer(model: nn.Module, config: FiraConfig, params: Iterable[Any])
     optimizer.config = config
     optimizer.summary = summarize(model, plan)
     logger.info(optimizer.summary)
-    adamw = sum(adamw_state_bytes(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
-    if plan.state_bytes >= adamw:
+    if plan.state_bytes >= plan.adamw_bytes:
         logger.warning(
-            f"Fira's optimizer state takes {plan.state_bytes:,} bytes here, and AdamW's would take {adamw:,}: lower "
-            "the rank, or train by AdamW."
+            f"Fira's optimizer state takes {plan.state_bytes:,} bytes here, and AdamW's would take "
+            f"{plan.adamw_bytes:,}: lower the rank, or train by AdamW."
         )
     return optimizer
 
@@ -178,7 +177,7 @@ def summarize(model: nn.Module, plan: TargetPlan) -> str:
         quantised = sum(parameter_count(p) for p in frozen if _is_4bit(p))
         among = f", {quantised:,} of them in 4 bits" if quantised else ""
         lines.append(f"Frozen: {sum(map(parameter_count, frozen)):,} parameters{among}.")
-    state, adamw = plan.state_bytes, sum(map(adamw_state_bytes, projected + skipped))
+    state, adamw = plan.state_bytes, plan.adamw_bytes
     lines.append(f"Optimizer state: {state:,} bytes; AdamW's would be {adamw:,} ({state / adamw:.1%}).")
     return "\n".join(lines)
 

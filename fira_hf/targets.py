@@ -104,6 +104,12 @@ class TargetPlan:
         """Optimizer state of `FiraAdamW` once every weight has had a gradient."""
         return sum(w.state_bytes for w in self.projected) + sum(w.state_bytes for w in self.skipped)
 
+    @property
+    def adamw_bytes(self) -> int:
+        """The same of torch's AdamW."""
+        weights = [w.parameter for w in self.projected] + [w.parameter for w in self.skipped]
+        return sum(map(adamw_state_bytes, weights))
+
 
 def adamw_state_bytes(parameter: nn.Parameter) -> int:
     """State of one weight in `torch.optim.AdamW`: two moments in the weight's own dtype, and an fp32 `step`."""

@@ -76,13 +76,16 @@ def scales_above(sizes: Tensor) -> Tensor:
     return bits.add_(2**16 - 1).bitwise_and_(-(2**16)).view(torch.float32).bfloat16()
 
 
+def random_bits(like: Tensor, draws: torch.Generator | None) -> Tensor:
+    """16 for each element, a signed int16: four of one draw of 64 bits."""
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    words.random_(-(2**63), None, generator=draws)
+    return words.view(torch.int16)[: like.numel()].view(like.shape)
+
+
 def _uniform(like: Tensor, draws: torch.Generator) -> Tensor:
-    """In [0, 1), of 16 random bits each, four of one draw of 64: with beta1 = 0.999 a code of 1 changes by a
-    thousandth, and has to."""
-    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_(
-        -(2**63), None, generator=draws
-    )
-    return words.view(torch.int16)[: like.numel()].view(like.shape).to(torch.float32).add_(2**15 + 0.5).mul_(2**-16)
+    """In [0, 1), of 16 random bits each: with beta1 = 0.999 a code of 1 changes by a thousandth, and has to."""
+    return random_bits(like, draws).to(torch.float32).add_(2**15 + 0.5).mul_(2**-16)
 
 
 def decode(codes: Tensor, scales: Tensor, n: int) -> Tensor:

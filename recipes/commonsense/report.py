@@ -83,14 +83,14 @@ _NOTES = (
 
 def differences_table(found: list[dict[str, Any]]) -> list[list[str]]:
     """A row for each difference."""
-    rows = [["method", "minus", "accuracy", "95% interval", "better", "worse", "p", "validation loss", "95% interval"]]
-    rows[0].append("over seeds")
+    titles = ["method", "minus", "accuracy", "95% interval", "better", "worse", "p", "validation loss", "95% interval"]
+    rows = [[*titles, "over seeds"]]
     for entry in found:
         accuracy, loss = entry["accuracy"], entry["loss"]
         tested = ["-"] * 3
         if accuracy is not None:
             tested = [str(accuracy["better"]), str(accuracy["worse"]), f"{accuracy['mcnemar_p']:.2g}"]
-        over_seeds = loss and loss.get("interval_over_seeds")
+        over_seeds = loss and loss["interval_over_seeds"]
         of_seeds = f"{over_seeds[0]:+.3f} to {over_seeds[1]:+.3f}" if over_seeds else "-"
         rows.append([entry["method"], entry["minus"], *_points(accuracy), *tested, *_nats(loss), of_seeds])
     return rows
