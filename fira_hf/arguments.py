@@ -14,9 +14,9 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import check_target_module_exists
 
 from .config import ALL_LINEAR, WORDS, FiraConfig, plain_name, unknown_name, with_preset, word_or_regex
-from .layers import target_layers, weights
+from .layers import Layer, target_layers, weights
 from .rules import plain
-from .targets import find_targets, other_than_linear, unmatched
+from .targets import find_targets, other_than_linear, scoped, unmatched
 
 
 def _true_or_false(text: str) -> bool:
@@ -41,6 +41,8 @@ OPTIM_ARGS: dict[str, Callable[[str], Any]] = {
     "config": str,
     "preset": str,
 }
+# To a group of an expression, by its number or name: in a longer expression it would be another group.
+REFERENCE = re.compile(r"\\[1-9]|\(\?P|\(\?\(")
 KINDS: dict[Any, str] = {int: "an integer", float: "a number", _true_or_false: "true or false"}
 
 
@@ -177,4 +179,13 @@ def _trainer_targets(model: nn.Module, targets: Any) -> str:
     if isinstance(targets, str):
         return targets
     parts = [rf".*{re.escape(entry)}.*" for entry in targets]
-    return "|".join(parts + [entry for entry in targets if re.escape(entry) != entry])
+    parts += [_alternative(entry, layers) for entry in targets if re.escape(entry) != entry]
+    return "|".join(filter(None, parts))
+
+
+def _alternative(entry: str, layers: list[Layer]) -> str:
+    """A regular expression as one of several, in which it matches what it does alone; empty where that is nothing."""
+    if not REFERENCE.search(entry):
+        return scoped(entry)
+    names = [plain_name(layer.name) for layer in layers if any(re.fullmatch(entry, n) for n in layer.aliases)]
+    return "|".join(map(re.escape, names))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, plain_name
+from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, FiraConfig, plain_name
 from .groups import OF_ADAMW, check_of_adamw, name_of
 from .state import state_misfit
 
@@ -107,6 +108,33 @@ def _log_differences(saved_groups: list[dict[str, Any]], param_groups: list[dict
             if setting in old and setting in new and was != now and (setting, was, now) not in seen:
                 seen.add((setting, was, now))
                 logger.warning("%s=%s of the checkpoint replaces %s.", setting, was, now)
+
+
+def config_in_effect(config: FiraConfig, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> FiraConfig:
+    """The config with Adam's settings as a checkpoint has set them in the groups, which were as `before`.
+
+    The first group that had the config's value tells; one with a value of its own says nothing of the others.
+    """
+    pairs = list(zip(before, now, strict=True))
+
+    def told(name: str, value: Any, groups: list[Any], otherwise: Any) -> Any:
+        return next((_begun_with(new, name) for old, new in groups if _begun_with(old, name) == value), otherwise)
+
+    own = {name: getattr(config, name) for name in ("betas", "eps", "weight_decay")}
+    lr = told("lr", config.lr, [pair for pair in pairs if "rank" in pair[0]], config.lr)
+    dense_lr = config.lr if config.dense_lr is None else config.dense_lr
+    dense_lr = told("lr", dense_lr, [pair for pair in pairs if "rank" not in pair[0]], config.dense_lr)
+    return replace(
+        config,
+        lr=lr,
+        dense_lr=None if dense_lr == lr else dense_lr,
+        **{name: told(name, value, pairs, value) for name, value in own.items()},
+    )
+
+
+def _begun_with(group: dict[str, Any], name: str) -> Any:
+    """A setting of a group; of the rate, which a schedule changes from step to step, what it began with."""
+    return group.get("initial_lr", group["lr"]) if name == "lr" else group[name]
 
 
 def _names(group: dict[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """What a training would need and project, from a model's configuration alone.
 
 fira-hf memory --model PATH_OR_NAME [--method fira,adamw,...] [--rank R] [--preset NAME]
-               [--batch_size B --sequence_length L]
+               [--batch_size B --sequence_length L] [--gradient_accumulation_steps N]
 fira-hf inspect --model PATH_OR_NAME [--rank R] [--preset NAME] [--checkpoint DIR]
 """
 
@@ -14,6 +14,7 @@ import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
     memory.add_argument("--batch_size", type=int, help="sequences on the device at once; for activations")
     memory.add_argument("--sequence_length", type=int, help="tokens in a sequence; for activations")
     memory.add_argument("--gradient_checkpointing", action="store_true", help="keep one activation a layer")
+    memory.add_argument(
+        "--gradient_accumulation_steps",
+        type=int,
+        default=1,
+        help="batches of a step; from 2 on all gradients are held, by fira_layerwise, too (default: %(default)s)",
+    )
     memory.add_argument("--json", action="store_true", help="bytes as JSON in place of a table")
     inspect.add_argument("--checkpoint", type=Path, help="folder with optimizer.pt, as the Trainer saves it")
     return parser
@@ -106,20 +113,26 @@ def memory(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
     default = TRAIN_INT8 if options.dtype == INT8 else tuple(METHODS)
     if config.rank >= FULL_RANK and options.lora_rank is None:  # of a preset; no rank for A and B
         default = tuple(name for name in default if METHODS[name].lora is None)
-    methods = options.method or ",".join(default)
+    named = [name.strip() for name in options.method.split(",")] if options.method else None
+    left_out: dict[str, str] = {}
     found = predict_memory(
         model_config,
-        [name.strip() for name in methods.split(",")],
+        named or default,
         config,
         lora_rank=options.lora_rank,
         dtype=options.dtype,
         batch_size=options.batch_size,
         sequence_length=options.sequence_length,
         gradient_checkpointing=options.gradient_checkpointing,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        left_out=None if named else left_out,
     )
+    if not found:
+        raise ValueError(next(iter(left_out.values())))
     if options.json:
-        return json.dumps({name: asdict(one) | {"total": one.total} for name, one in found.items()}, indent=2)
-    return table(found)
+        rows: dict[str, dict[str, Any]] = {name: asdict(one) | {"total": one.total} for name, one in found.items()}
+        return json.dumps(rows | {name: {"error": reason} for name, reason in left_out.items()}, indent=2)
+    return "\n".join([table(found), *(f"{name} is left out: {reason}" for name, reason in left_out.items())])
 
 
 def inspect(options: argparse.Namespace, model_config: PretrainedConfig) -> str:

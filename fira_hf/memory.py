@@ -204,6 +204,8 @@ def predict_memory(
     batch_size: int | None = None,
     sequence_length: int | None = None,
     gradient_checkpointing: bool = False,
+    gradient_accumulation_steps: int = 1,
+    left_out: dict[str, str] | None = None,
 ) -> dict[str, MemoryEstimate]:
     """Method, of `METHODS` -> `estimate_memory` of a causal language model of this configuration.
 
@@ -212,21 +214,42 @@ def predict_memory(
         lora_rank: of A and B; by default the rank of `config`.
         dtype: of the weights; where the base is in 4 bits, of its products, and all else is in fp32; "int8": linear
             layers by torchao's quantised training, the rest bfloat16.
+        batch_size: of a micro-batch.
+        gradient_accumulation_steps: micro-batches of a step. From 2 on every method, "fira_layerwise" too, holds the
+            gradients of all weights during forward and backward.
+        left_out: takes the reason why a method cannot be predicted, in place of an error.
 
     Raises:
         ValueError: as `estimate_memory`; there is no such method, the model is no causal language model, or
-            `lora_rank` is below 1.
+            `lora_rank` or `gradient_accumulation_steps` is below 1.
         ImportError: dtype is "int8", and torchao is not installed.
     """
     _check_batch(batch_size, sequence_length)
     on_lora = replace(config, target_modules=ALL_LINEAR)
     lora_rank = config.rank if lora_rank is None else lora_rank
-    if lora_rank < 1:
-        raise ValueError(f"lora_rank={lora_rank} is not valid: lora_rank must be at least 1.")
+    counts = {"lora_rank": lora_rank, "gradient_accumulation_steps": gradient_accumulation_steps}
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} is not valid: {name} must be at least 1.")
+    accumulates = gradient_accumulation_steps > 1
     models: dict[str | None, nn.Module] = {}
     peaks: dict[tuple[str | None, bool], int] = {}
-    found = {}
-    for name in methods:
+
+    def build(name: str, lora: str | None) -> nn.Module:
+        model = build_on_meta(model_config, dtype)
+        plan = find_targets(model, config)  # every entry must match; PEFT ignores one that does not
+        widest = max(max(target.parameter.shape) for target in plan.projected)
+        if lora is not None and lora_rank > widest:
+            raise ValueError(
+                f"lora_rank={lora_rank} is above the sides of all matrices, to which {name} adds A and B: set "
+                "lora_rank, or leave such methods out."
+            )
+        trained = model if lora is None else add_lora(model, lora_rank, config.target_modules, lora)
+        if gradient_checkpointing:
+            switch_on_checkpointing(trained)
+        return trained
+
+    def predict(name: str) -> MemoryEstimate:
         if name not in METHODS:
             raise ValueError(unknown_name("method", name, list(METHODS)))
         optimizer, lora = METHODS[name].optimizer, METHODS[name].lora
@@ -244,23 +267,24 @@ def predict_memory(
                 "modules, or leave such methods out."
             )
         if lora not in models:
-            model = build_on_meta(model_config, dtype)
-            plan = find_targets(model, config)  # every entry must match; PEFT ignores one that does not
-            widest = max(max(target.parameter.shape) for target in plan.projected)
-            if lora is not None and lora_rank > widest:
-                raise ValueError(
-                    f"lora_rank={lora_rank} is above the sides of all matrices, to which {name} adds A and B: set "
-                    "lora_rank, or leave such methods out."
-                )
-            models[lora] = model if lora is None else add_lora(model, lora_rank, config.target_modules, lora)
-            if gradient_checkpointing:
-                switch_on_checkpointing(models[lora])
-        found[name] = estimate_memory(models[lora], on_lora if lora else config, optimizer=optimizer)
+            models[lora] = build(name, lora)
+        of_method = on_lora if lora else config
+        estimate = estimate_memory(models[lora], of_method, optimizer=optimizer, accumulates=accumulates)
         if batch_size is not None and sequence_length is not None:
             key = (lora, optimizer == LAYERWISE)
             if key not in peaks:  # whose state it is makes no difference
-                peaks[key] = _peak_of_step(models[lora], batch_size, sequence_length, key[1])
-            found[name].activations = max(0, peaks[key] - found[name].gradients)
+                peaks[key] = _peak_of_step(models[lora], batch_size, sequence_length, key[1], accumulates)
+            estimate.activations = max(0, peaks[key] - estimate.gradients)
+        return estimate
+
+    found = {}
+    for name in methods:
+        try:
+            found[name] = predict(name)
+        except ValueError as error:
+            if left_out is None:
+                raise
+            left_out[name] = str(error)
     return found
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import ALL_LINEAR, ALL_LINEAR_AND_CONV, WORDS, FiraConfig
+from .config import ALL_LINEAR, ALL_LINEAR_AND_CONV, WORDS, FiraConfig, plain_name
 from .layers import Layer, weights
 from .state import kept_tensors, state_dtype_of
 from .views import folded_shape, long_and_short, stacked
@@ -123,6 +123,16 @@ def matches(target: str | list[str], name: str) -> bool:
     return any(name == entry or name.endswith(f".{entry}") for entry in target)
 
 
+def scoped(regex: str) -> str:
+    """The expression as a part of a longer one, in which flags such as (?i) in front of it are its own."""
+    flags = re.match(r"(?:\(\?[aimsux]+\))*", regex)[0]  # type: ignore[index]
+    if not flags:
+        return regex
+    letters = "".join(sorted(set(re.findall(r"\w", flags))))
+    end = "\n" if "x" in letters else ""  # of a comment
+    return f"(?{letters}:{regex[len(flags) :]}{end})"
+
+
 def _chosen(target: str | list[str], layer: Layer) -> bool:
     return any(matches(target, name) for name in layer.aliases)
 
@@ -140,7 +150,7 @@ def _layer_index(layer: Layer, config: FiraConfig) -> int | None:
     """The first layer index in the name, behind `layers_pattern` if that is set."""
     patterns = config.layers_pattern or r"[^.]*"
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        found = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<index>\d+)\.", layer.name)
+        found = re.match(rf"(?:^|.*?\.)(?:{scoped(pattern)})\.(?P<index>\d+)\.", layer.name)
         if found:
             return int(found["index"])
     return None
@@ -251,7 +261,7 @@ def _probes(target: str | list[str]) -> list[str] | list[list[str]]:
 def _pattern_key(pattern: dict[str, Any], layer: Layer) -> str | None:
     """The first key that matches the layer, by PEFT's rule for patterns."""
     for key in pattern:
-        if any(re.match(rf"(.*\.)?({key})$", alias) for alias in layer.aliases):
+        if any(re.match(rf"(.*\.)?({scoped(key)})$", alias) for alias in layer.aliases):
             return key
     return None
 
@@ -279,6 +289,7 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
     patterns = {name: getattr(config, f"{name}_pattern") for name in ("rank", "alpha", "split")}
     targets: dict[nn.Parameter, Target] = {}
     reasons: dict[nn.Parameter, str] = {}
+    left_out: dict[nn.Parameter, Layer] = {}
     chosen: list[Layer] = []
     used: set[tuple[str, str | None]] = set()
     for layer in trained:
@@ -286,6 +297,7 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
         own: dict[str, Any] = {name: patterns[name][key] for name, key in keys.items() if key is not None}
         if (reason := _why_not(layer, config, own.get("rank", config.rank), own.get("split", 1))) is not None:
             reasons.setdefault(layer.weight, reason)
+            left_out.setdefault(layer.weight, layer)
             continue
         if (layer.is_linear and layer.weight.ndim != 2) or (layer.is_conv and layer.weight.ndim < 3):
             raise ValueError(
@@ -321,8 +333,10 @@ def find_targets(model: nn.Module, config: FiraConfig) -> TargetPlan:
             plan.projected.append(replace(targets[parameter], name=name, config=config))
         elif parameter.requires_grad:
             reason = reasons.get(parameter) or kinds[parameter]
-            if parameter in reasons and parameter in embeddings:
-                reason = f"embedding, tied to the {reason}"
+            if parameter in embeddings and parameter in left_out and left_out[parameter].is_layer:
+                layer = left_out[parameter]
+                why = "" if reason == "output head" else f", which is {reason}"
+                reason = f"embedding, tied to {'the output head' if layer.is_head else plain_name(layer.name)}{why}"
             plan.skipped.append(Skipped(name, parameter, reason, itemsize))
     return plan
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CTRLConfig
 
 from conftest import build_llama, run_quietly
 from fira_hf import FiraCallback
@@ -74,6 +75,7 @@ def test_the_options_reach_the_prediction(folder, capsys):
         (["--rank", "0"], "rank=0"),
         (["--lora_rank", "0"], "lora_rank=0"),
         (["--batch_size", "1"], "sequence_length=None"),
+        (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0"),
         (["--target_modules", "q_pro"], "'q_proj'"),
         (["--state_dtype", "float16"], "state_dtype='float16'"),
         (["--base_optimizer", "adam"], "base_optimizer='adam'"),
@@ -85,6 +87,53 @@ def test_an_error_says_which_word_in_one_line(words, said, folder, capsys):
     assert main(["memory", "--model", folder, *words]) == 2
     output = capsys.readouterr()
     assert output.out == "" and said in output.err and output.err.count("\n") == 1
+
+
+def test_with_accumulation_layerwise_holds_all_gradients(folder, capsys):
+    def gradients(*words):
+        found = read_json(capsys, "--model", folder, "--rank", "4", "--method", "fira,fira_layerwise", *words)
+        return [one["gradients"] for one in found.values()]
+
+    of_fira, of_layerwise = gradients("--gradient_accumulation_steps", "1")
+    assert of_layerwise < of_fira
+    assert gradients("--gradient_accumulation_steps", "2") == [of_fira, of_fira]
+
+
+LORAS = [name for name, method in METHODS.items() if method.lora]
+
+
+@pytest.mark.parametrize(
+    ("words", "missing", "said"),
+    [
+        (["--target_modules", "lm_head"], ["fira-on-lora", "fira-on-qlora"], "output head"),
+        (["--lora_rank", "1000"], LORAS, "lora_rank=1000"),
+        (["--target_modules", "all-linear-and-conv"], LORAS, "target_modules='all-linear-and-conv'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_default_method_that_cannot_be_predicted_costs_no_other_row(words, missing, said, folder, capsys):
+    words = ["--model", folder, "--rank", "4", *words]
+    others = [name for name in METHODS if name not in missing]
+    found = read_json(capsys, *words)
+    assert {name: found.pop(name) for name in others} == read_json(capsys, *words, "--method", ",".join(others))
+    assert found.keys() == set(missing) and all(said in one["error"] for one in found.values())
+    assert main(["memory", *words, "--method", ",".join(others)]) == 0
+    rows = capsys.readouterr().out
+    assert main(["memory", *words]) == 0
+    shown = capsys.readouterr().out
+    assert shown == rows + "".join(f"{name} is left out: {one['error']}\n" for name, one in found.items())
+    # what is asked for by name is an error
+    assert main(["memory", *words, "--method", f"fira,{missing[0]}"]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and output.err == f"error: {found[missing[0]]['error']}\n"
+
+
+def test_what_no_method_can_do_is_an_error(tmp_path, capsys):
+    """Of methods that share a model, too, the later ones fail as the first."""
+    CTRLConfig(vocab_size=64, n_embd=32, dff=40, n_layer=2, n_head=2).save_pretrained(tmp_path)
+    assert main(["memory", "--model", str(tmp_path), "--rank", "4", "--gradient_checkpointing"]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and "checkpointing" in output.err
 
 
 def test_a_model_that_is_no_language_model(tmp_path, capsys):

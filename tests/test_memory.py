@@ -24,13 +24,14 @@ def wrap_in_lora(model):
     return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
 
 
-def assert_step_is_as_predicted(predicted, model, optimizer, weights, batch):
+def assert_step_is_as_predicted(predicted, model, optimizer, weights, batch, micro_batches=(True,)):
     """Weights, whose bytes are given, and state to the byte; and within five percent the most that is held in a whole
-    step on a batch of this shape, whatever is allocated in it."""
+    step on batches of this shape, whatever is allocated in it."""
     tokens = torch.zeros(batch, dtype=torch.long)
 
     def step():
-        model(input_ids=tokens, labels=tokens).loss.backward()
+        for _ in micro_batches:
+            model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -118,6 +119,29 @@ def test_the_peak_of_a_whole_step_is_predicted_within_five_percent(method, batch
             step_in_backward(optimizer)
     weights = sum(p.nbytes for p in model.parameters())
     assert_step_is_as_predicted(estimate[method], model, optimizer, weights, batch)
+
+
+@pytest.mark.parametrize("batch", [(4, 128), (1, 64)], ids=["mostly activations", "mostly gradients"])
+@pytest.mark.parametrize("method", ["fira", "fira_layerwise"])
+def test_the_peak_of_a_step_of_two_micro_batches_is_predicted_within_five_percent(method, batch):
+    size = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "vocab_size": 2048}
+    model = build_llama(**size, num_key_value_heads=4, use_cache=False).train()
+    shape = {"batch_size": batch[0], "sequence_length": batch[1], "gradient_accumulation_steps": 2}
+    estimate = predict_memory(model.config, [method], FiraConfig(8), dtype="float32", **shape)[method]
+    optimizer = get_fira_optimizer(model, FiraConfig(rank=8))
+    micro_batches = MicroBatches()
+    if method == "fira_layerwise":
+        step_in_backward(optimizer, when=lambda: micro_batches.is_last)
+    weights = sum(p.nbytes for p in model.parameters())
+    assert_step_is_as_predicted(estimate, model, optimizer, weights, batch, micro_batches)
+
+
+class MicroBatches:
+    """Two of a step, as often as it is iterated."""
+
+    def __iter__(self):
+        for self.is_last in (False, True):
+            yield
 
 
 def test_layerwise_holds_the_largest_gradient_and_a_tied_one_twice():

@@ -16,9 +16,11 @@ from transformers import Trainer, TrainingArguments
 import fira_hf
 import forks
 from conftest import build_llama, build_tokens, trainer_settings
+from fira_hf import FiraConfig, get_fira_optimizer
 from reference import assert_same_state
 
 STEPS, STOP = 12, 5
+ADAM = ("betas", "eps", "weight_decay")
 
 
 def build(kind: str) -> nn.Module:
@@ -156,6 +158,36 @@ def test_resume_with_the_saved_config(tmp_path):
     resumed = build_trainer(tmp_path, optim_args=f"config={checkpoint}")
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert_equal_bits(parameters(whole.model), parameters(resumed.model))
+
+
+SPLIT = "rank=4, update_proj_gap=4, dense_lr=1e-3"
+OTHERS = {"learning_rate": 3e-4, "adam_beta2": 0.95, "adam_epsilon": 1e-5, "weight_decay": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, OTHERS),
+        ({}, {"weight_decay": 0.0}),
+        ({"optim_args": SPLIT}, {"learning_rate": 3e-4}),
+        ({}, {"optim_args": SPLIT}),
+        ({"optim_args": SPLIT}, {"optim_args": SPLIT.replace("1e-3", "1e-4"), **OTHERS}),
+        ({"optim": "fira_layerwise"}, {"optim": "fira_layerwise", **OTHERS}),
+    ],
+    ids=str,
+)
+def test_the_config_of_a_resumed_run_is_what_it_trains_with(tmp_path, first, second):
+    """Adam's settings are those of the checkpoint, whatever the arguments say."""
+    build_trainer(tmp_path, max_steps=STOP, callbacks=[fira_hf.FiraCallback()], **first).train()
+    resumed = build_trainer(tmp_path, callbacks=[fira_hf.FiraCallback()], **second)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STOP}"))
+    of_first, of_resumed = (FiraConfig.from_pretrained(tmp_path / f"checkpoint-{step}") for step in (STOP, STEPS))
+    assert of_resumed == of_first
+    # and an optimizer of it has the groups that the run has
+    again = get_fira_optimizer(build("fp32"), of_resumed).param_groups
+    for group, other in zip(resumed.optimizer.param_groups, again, strict=True):
+        assert group["initial_lr"] == other["lr"]
+        assert [group[name] for name in ADAM] == [other[name] for name in ADAM]
 
 
 # --------------------------------------------------------------------------- checkpoints of another setting

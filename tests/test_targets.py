@@ -176,6 +176,15 @@ def test_rank_and_alpha_patterns_pick_the_key_that_peft_picks(pattern):
         assert entry.alpha == pytest.approx(alphas.get(key, 0.9))
 
 
+def test_flags_of_a_pattern_are_its_own():
+    ranks = {"(?i)Q_PROJ|up_proj": 4, "K_PROJ|v_proj": 2}
+    plan = find_targets(build_llama(), FiraConfig(rank=3, rank_pattern=ranks))
+    expected = {"q_proj": 4, "up_proj": 4, "v_proj": 2}
+    assert all(t.rank == expected.get(t.name.split(".")[-2], 3) for t in plan.projected)
+    config = FiraConfig(target_modules=["q_proj"], layers_to_transform=1, layers_pattern="(?i)LAYERS")
+    assert projected_modules(build_llama(), config) == {"model.layers.1.self_attn.q_proj"}
+
+
 def test_a_pattern_that_an_earlier_one_shadows_is_an_error():
     """PEFT tries patterns in order and would never come to this one."""
     with pytest.raises(ValueError, match="layers.0.self_attn.q_proj.*earlier entry"):
@@ -451,6 +460,13 @@ def galore():
         ["proj"],
         [r".*\.layers\.0\..*up_proj"],
         ["model.layers.0.mlp.gate_proj", r".*v_proj"],
+        # each means what it does alone: flags, and groups that are referred to
+        [r"(?i).*Q_PROJ"],
+        [r".*K_PROJ|.*v_proj", r"(?i).*Q_PROJ"],
+        [r"(?i).*Q_PROJ", r".*K_PROJ|.*v_proj"],
+        [r"(?ix) .*Q_PROJ  # queries", "v_proj"],
+        [r".*\.(up)_proj", r".*a(t)\1n\.v_proj"],
+        [r".*\.(?P<kind>q)_proj", r".*\.(?P<kind>k)_proj"],
         r".*\.(q|k)_proj",
         r".*layers\.1.*",
         r"model\.layers\.0\.mlp\.down_proj",
@@ -549,6 +565,40 @@ def test_a_linear_layer_that_was_not_asked_for_says_so():
     assert "target_modules" in reasons["model.layers.0.self_attn.k_proj.weight"]
     reasons = skipped_reasons(build_llama(), FiraConfig(exclude_modules=["k_proj"]))
     assert "exclude_modules" in reasons["model.layers.0.self_attn.k_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"target_modules": ["q_proj"]}, "embedding, tied to the output head, which is not in target_modules"),
+        (
+            {"target_modules": r".*(q_proj|lm_head)", "exclude_modules": ["lm_head"]},
+            "embedding, tied to the output head, which is in exclude_modules",
+        ),
+    ],
+    ids=str,
+)
+def test_what_an_embedding_is_tied_to_is_named(settings, reason):
+    model = build_llama(tie_word_embeddings=True)
+    assert skipped_reasons(model, FiraConfig(**settings))["model.embed_tokens.weight"] == reason
+
+
+def test_a_tied_layer_that_is_no_output_head_is_named():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.decoder, self.body = nn.Embedding(16, 8), nn.Linear(8, 16), nn.Linear(8, 8)
+            self.decoder.weight = self.words.weight
+
+    for setting, value in (("target_modules", "body"), ("exclude_modules", "decoder")):
+        reason = skipped_reasons(Tied(), FiraConfig(**{setting: [value]}))["words.weight"]
+        assert reason == f"embedding, tied to decoder, which is {'not ' * (value == 'body')}in {setting}"
+
+
+def test_an_embedding_that_is_tied_to_nothing_is_not_said_to_be():
+    settings = {"target_parameters": ["embed_tokens.weight"], "exclude_modules": ["embed_tokens"]}
+    reasons = skipped_reasons(build_llama(), FiraConfig(**settings))
+    assert reasons["model.embed_tokens.weight"] == "in exclude_modules"
 
 
 def test_a_weight_shared_by_two_layers_is_one_entry():
