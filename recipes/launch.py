@@ -86,7 +86,16 @@ def share_batch(training: TrainingArguments) -> None:
 
 
 class RecipeTrainer(Trainer):
-    """Makes no step more where it resumes after the last one, as the Trainer does unless an epoch ends there."""
+    """Makes no step more where it resumes after the last one, as the Trainer does unless an epoch ends there. Gives
+    betas and epsilon to GaLore and to the embeddings of APOLLO, too, which the Trainer leaves at their own defaults.
+    """
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.args.optim in ("galore_adamw", "apollo_adamw"):
+            for group in optimizer.param_groups:
+                group.update(betas=(self.args.adam_beta1, self.args.adam_beta2), eps=self.args.adam_epsilon)
+        return optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step >= self.state.max_steps:

@@ -74,6 +74,17 @@ def test_the_same_questions_tell_more_than_two_accuracies():
     assert 0 < low < 0.05 < high < 0.1
 
 
+def test_a_task_counts_as_the_harness_counts_it():
+    """In text form BoolQ by acc and PIQA by acc_norm, whatever the other count says."""
+    runs = [run("lora", {"boolq": "0000", "piqa": "0000"}), run("fira-full", {"boolq": "0001", "piqa": "0011"})]
+    for one, acc in zip(runs, ("0000", "0111"), strict=True):
+        for figures in one["accuracy"].values():
+            figures["acc"] = {"right": acc}
+    accuracy = only(differences(runs), "fira-full", "lora")["accuracy"]
+    assert accuracy["difference"] == pytest.approx((0.75 + 0.5) / 2)
+    assert accuracy["better"] == 5
+
+
 def test_seeds_that_disagree_tell_nothing_apart_whatever_the_questions_say():
     """Each example is better by as much, so that the examples alone leave no doubt."""
     gains = [0.0, -0.04, -0.07]

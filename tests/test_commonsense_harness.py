@@ -20,6 +20,7 @@ from recipes import files
 from recipes.commonsense import data, train
 from recipes.commonsense.model import load_tokenizer
 from recipes.commonsense.scoring import text_likelihoods
+from recipes.commonsense.tasks import BY_ACC
 from recipes.models import load_model
 from test_docs import read_blocks, read_commands
 
@@ -44,6 +45,21 @@ def test_every_task_has_a_file_and_is_in_the_group():
     assert found.pop("commonsense")["task"] == [name(task) for task in WORDS]
     read = {one["task"]: one["dataset_kwargs"]["task"] for one in found.values()}
     assert read == {name(task): task for task in WORDS}
+
+
+@needs_lm_eval
+def test_a_task_counts_by_what_the_harness_has_for_its_own_task_of_that_name():
+    tasks = Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"
+    own = {"boolq": "super_glue/boolq/default", "piqa": "piqa/piqa", "social_i_qa": "siqa/siqa"}
+    own |= {
+        "hellaswag": "hellaswag/hellaswag",
+        "winogrande": "winogrande/default",
+        "openbookqa": "openbookqa/openbookqa",
+    }
+    own |= dict.fromkeys(("ARC-Easy", "ARC-Challenge"), "arc/arc_easy")  # which the latter includes
+    assert own.keys() == WORDS.keys()
+    texts = {task: (tasks / f"{name}.yaml").read_text(encoding="utf-8") for task, name in own.items()}
+    assert {task for task, text in texts.items() if "metric: acc_norm" not in text} == BY_ACC
 
 
 def test_without_a_folder_the_questions_are_the_recipe_s_own(monkeypatch):

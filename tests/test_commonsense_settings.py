@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from commonsense_tiny import WORDS, write_data, write_model
+from commonsense_tiny import WORDS, build_model, write_data, write_model
 from fira_hf.arguments import config_from_args
 from fira_hf.memory import estimate_memory
-from recipes import models
+from recipes import launch, models
 from recipes.commonsense import model, train
 from recipes.commonsense.model import load_tokenizer
 from recipes.commonsense.settings import METHODS, RECIPE
@@ -148,6 +148,28 @@ def test_presets_have_their_methods():
     assert methods("smoke") == {"lora", "fira-on-lora", "fira-full"}
     assert methods("smollm2") == set(METHODS)
     assert methods("llama7b") == set(METHODS) - OURS
+
+
+@pytest.mark.parametrize("preset", ["smoke", "smollm2"])
+def test_methods_that_are_compared_have_the_same_epsilon(preset):
+    """It decides how far the embeddings move, most of whose gradient is tiny."""
+    found = {}
+    for method, path in find_experiments(RECIPE, preset, None).items():
+        training = train.parse(load_settings(RECIPE, path, {}) | {"use_cpu": True})[1]
+        found[method] = training.adam_epsilon
+    assert found.pop("fira-published-full", 1e-6) == 1e-6
+    assert set(found.values()) == {1e-8}
+
+
+def test_galore_has_the_betas_and_the_epsilon_of_its_settings(tmp_path):
+    """The Trainer does not pass them on to it."""
+    pytest.importorskip("galore_torch")  # with bitsandbytes, which is not built for every system
+    settings = {"method": "galore-full", "optim": "galore_adamw", "optim_args": "rank=4", "use_cpu": True}
+    settings |= {"adam_beta1": 0.8, "adam_epsilon": 1e-4, "output_dir": str(tmp_path)}
+    trainer = launch.RecipeTrainer(model=build_model(400), args=train.parse(settings)[1])
+    groups = trainer.create_optimizer().param_groups
+    assert ["rank" in group for group in groups] == [False, True]
+    assert [(group["betas"], group["eps"]) for group in groups] == [((0.8, 0.999), 1e-4)] * 2
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in OURS])

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import stats
 
 from recipes import intervals
-from recipes.commonsense.tasks import TASKS
+from recipes.commonsense.tasks import TASKS, counted
 from recipes.report import by_method
 from recipes.settings import BEFORE
 
@@ -45,7 +45,8 @@ def _accuracy(of_one: list[dict[str, Any]], others: list[dict[str, Any]]) -> dic
         return None
 
     def right(runs: list[dict[str, Any]], task: str) -> np.ndarray:
-        return np.mean([[int(letter) for letter in run["accuracy"][task]["right"]] for run in runs], axis=0)
+        letters = [counted(task, run["accuracy"][task])["right"] for run in runs]
+        return np.mean([[int(letter) for letter in of_one] for of_one in letters], axis=0)
 
     by_task = [right(of_one, task) - right(others, task) for task in tasks]
     every = np.concatenate(by_task)

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from recipes.commonsense.tasks import TASKS
+from recipes.commonsense.tasks import TASKS, counted
 from recipes.plots import BEFORE_LINE, STYLES
 from recipes.settings import BEFORE
 
@@ -25,13 +25,13 @@ def plot_accuracy(runs: list[dict[str, Any]], path: Path, before: dict[str, Any]
     axis = figure.subplots()
     for index, method in enumerate(methods):
         of_one = [run for run in runs if run["method"] == method]
-        heights = [100 * statistics.mean(run["accuracy"][task]["accuracy"] for run in of_one) for task in tasks]
+        heights = [100 * statistics.mean(_share(run, task) for run in of_one) for task in tasks]
         heights.append(statistics.mean(heights))
         places = [place + (index + 0.5) * width - 0.4 for place in range(len(heights))]
         axis.bar(places, heights, width, color=STYLES[method][0], label=method)
     _line(axis, [runs[0]["accuracy"][task]["majority"] for task in tasks], "most frequent answer", color="black")
     if before is not None and all(task in before["accuracy"] for task in tasks):
-        _line(axis, [before["accuracy"][task]["accuracy"] for task in tasks], BEFORE, **BEFORE_LINE)
+        _line(axis, [_share(before, task) for task in tasks], BEFORE, **BEFORE_LINE)
     axis.set_xticks(range(len(tasks) + 1), [*tasks, "average"], rotation=25, ha="right", rotation_mode="anchor")
     axis.axvline(len(tasks) - 0.5, color="grey", linewidth=0.8, linestyle=":")
     axis.set(ylabel="accuracy (%)", ylim=(0, 100))
@@ -39,6 +39,10 @@ def plot_accuracy(runs: list[dict[str, Any]], path: Path, before: dict[str, Any]
     axis.set_axisbelow(True)
     figure.legend(frameon=False, loc="outside right upper")
     figure.savefig(path, dpi=150)
+
+
+def _share(run: dict[str, Any], task: str) -> float:
+    return counted(task, run["accuracy"][task])["accuracy"]
 
 
 def plot_differences(found: list[dict[str, Any]], path: Path) -> None:

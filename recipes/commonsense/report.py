@@ -17,7 +17,7 @@ from recipes import report
 from recipes.commonsense.differences import differences, sentences
 from recipes.commonsense.plots import plot_accuracy, plot_differences
 from recipes.commonsense.settings import RECIPE
-from recipes.commonsense.tasks import TASKS
+from recipes.commonsense.tasks import BY_ACC, TASKS, counted
 from recipes.plots import plot_losses
 from recipes.report import by_method, format_bytes, markdown, over_seeds
 from recipes.settings import BEFORE
@@ -58,7 +58,7 @@ def describe(runs: list[dict[str, Any]], folder: Path) -> tuple[list[str], list[
     if len(accuracy) > 1:
         parts += ["## Accuracy (%)", "", *markdown(accuracy), "", *_accuracy_notes(runs, bool(found)), ""]
         if all("acc" in run["accuracy"][task] for run in runs for task in tasks_of(runs)):
-            parts += ["Without the division by length (`acc`):", "", *markdown(accuracy_table(runs, raw=True)), ""]
+            parts += ["By `acc` on all tasks:", "", *markdown(accuracy_table(runs, raw=True)), ""]
         plot_accuracy(trained, folder / "accuracy.png", before)
         parts += ["![Accuracy by task](accuracy.png)", ""]
     if found:
@@ -130,15 +130,18 @@ def _difference(figure: dict[str, Any] | None, factor: float, form: Callable[[fl
 def accuracy_table(runs: list[dict[str, Any]], raw: bool = False) -> list[list[str]]:
     """Accuracy by task in percent, and what always giving the most frequent answer would reach.
 
-    raw: of the text form without the division by length.
+    raw: of the text form without the division by length, whatever the task.
     """
     tasks = tasks_of(runs)
     if not tasks:
         return []
 
+    def chosen(task: str, figures: dict[str, Any]) -> dict[str, Any]:
+        return figures | figures["acc"] if raw else counted(task, figures)
+
     def row(title: str, of_some: list[dict[str, Any]], figure: str) -> list[str]:
-        scores = [[run["accuracy"][task] for run in of_some] for task in tasks]
-        columns = [[100 * (one | one["acc"] if raw else one)[figure] for one in of_task] for of_task in scores]
+        scores = [[chosen(task, run["accuracy"][task]) for run in of_some] for task in tasks]
+        columns = [[100 * one[figure] for one in of_task] for of_task in scores]
         means = [statistics.mean(values) for values in zip(*columns, strict=True)]
         return [title, *(over_seeds(values, "{:.1f}".format) for values in [*columns, means])]
 
@@ -160,7 +163,10 @@ def _accuracy_notes(runs: list[dict[str, Any]], compared: bool) -> list[str]:
     settings = runs[0]["all_settings"]
     by = settings["scoring"]
     if settings.get("answer_format") == "text":
-        by = "the likelihood of each option's text, divided by its length in characters (`acc_norm`)"
+        raw, divided = (", ".join(task for task in counts if (task in BY_ACC) == raw) for raw in (True, False))
+        kinds = {"as it is (`acc`)": raw, "divided by its length in characters (`acc_norm`)": divided}
+        parts = [f"{kind} on {tasks}" for kind, tasks in kinds.items() if tasks]
+        by = f"the likelihood of each option's text, {' and '.join(parts)}, as lm-evaluation-harness counts them"
     # Of a share near one half: the standard error is largest there.
     of_task = 50 / math.sqrt(min(counts.values()))
     of_average = 50 * math.sqrt(sum(1 / count for count in counts.values())) / len(counts)

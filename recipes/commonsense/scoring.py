@@ -16,6 +16,7 @@ import evaluate
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from torch.distributed.fsdp import FSDPModule
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -46,7 +47,8 @@ def score(
     them from others, and a letter for each: its answer's number among the task's words, or "-" ("chosen": "2-1"), and
     whether it is right ("right": "100").
 
-    Questions in text form are answered by acc_norm; "acc" holds accuracy, chosen and right without the division.
+    Of questions in text form these are acc_norm's; "acc" holds accuracy, chosen and right without the division.
+    `tasks.counted` tells which of the two counts.
     Several processes share the questions, and each gets all the results.
     """
     metric = evaluate.load(str(Path(__file__).parent / "accuracy"))
@@ -69,11 +71,24 @@ def score(
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout, and then as it was."""
-    was_training = model.training
+    """Without dropout and, where all weights are in fp32, without autocast; then as it was.
+
+    Accelerate's forward rounds to bf16 with `bf16: true`. The differences between answers are often smaller than that,
+    and lm-evaluation-harness knows nothing of it.
+    """
+    was_training, forward = model.training, model.__dict__.get("forward")
     model.eval()
+    # FSDP rounds the weights themselves.
+    if "_original_forward" in model.__dict__ and _in_fp32(model) and not isinstance(model, FSDPModule):
+        model.forward = model._original_forward
     yield
+    if forward is not None:
+        model.forward = forward
     model.train(was_training)
+
+
+def _in_fp32(model: PreTrainedModel) -> bool:
+    return all(p.dtype == torch.float32 for p in model.parameters() if p.is_floating_point())
 
 
 def fingerprint(questions: list[Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 TASKS: dict[str, tuple[str, ...]] = {
     "boolq": ("true", "false"),
@@ -14,6 +15,9 @@ TASKS: dict[str, tuple[str, ...]] = {
     "ARC-Challenge": ("answer1", "answer2", "answer3", "answer4", "answer5"),
     "openbookqa": ("answer1", "answer2", "answer3", "answer4", "answer5"),
 }
+# Counted by acc in text form, the others by acc_norm: as lm-evaluation-harness (0.4.13) does, whose own tasks of these
+# names have no acc_norm.
+BY_ACC = frozenset({"boolq", "social_i_qa", "winogrande"})
 ANY_WORD = tuple(dict.fromkeys(word for words in TASKS.values() for word in words))
 ANSWER_PREFIX = "the correct answer is "
 
@@ -30,6 +34,11 @@ def allowed_words(instruction: str, task: str | None) -> tuple[str, ...]:
     if not set(stated) <= set(words):
         raise ValueError(f"'Answer format: {lines[-1]}' is not a format of {task or 'any task'} ({'/'.join(words)})")
     return stated
+
+
+def counted(task: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """Of a task's figures, as `score` finds them, those that count in averages and comparisons."""
+    return figures | figures["acc"] if task in BY_ACC and "acc" in figures else figures
 
 
 def build_prompt(instruction: str, context: str = "") -> str:

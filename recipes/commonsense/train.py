@@ -29,6 +29,7 @@ from recipes.commonsense.dry_run import dry_run
 from recipes.commonsense.model import collator, load_tokenizer, wrap
 from recipes.commonsense.scoring import answer_losses, fingerprint, score
 from recipes.commonsense.settings import METHODS, RECIPE, RecipeArguments
+from recipes.commonsense.tasks import counted
 from recipes.models import load_in_4_bits, load_model
 
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft asks transformers by the old name
@@ -116,11 +117,12 @@ def evaluate(
         examples = [validation["input_ids"][:], validation["labels"][:]]
         held_out = {"losses": [round(loss, 6) for loss in losses], "fingerprint": fingerprint(examples)}
     accuracy = score(model, tokenizer, questions, arguments)
+    shares = [counted(task, figures)["accuracy"] for task, figures in accuracy.items()]
     return {
         "held_out": held_out,
         "scoring_seconds": time.perf_counter() - start,
         "accuracy": accuracy,
-        "average": sum(task["accuracy"] for task in accuracy.values()) / len(accuracy) if accuracy else None,
+        "average": sum(shares) / len(shares) if shares else None,
     }
 
 
