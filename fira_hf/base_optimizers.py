@@ -137,7 +137,7 @@ def rms_scale(base_optimizer: str, long: int, short: int, rank: int) -> float:
 
 
 def rotate_moments(base_optimizer: str, moments: Sequence[Tensor], C: Tensor, ratio: Tensor) -> None:
-    """Carries the moments of one matrix, in place, into a new basis; C = Q_old^T Q_new, (r, r).
+    """Carries moments (B, ...), in place, into new bases; C = Q_old^T Q_new, (B, r, r).
 
     The mean turns with the basis; the variance, whose covariances are not known, is carried over by the squares of C
     (LDAdam, arXiv 2410.16103): M <- M C,  V <- max(V - m M^2, 0) C^2 + m (M C)^2, with `ratio` m = (1 - b2^t) /
@@ -153,6 +153,6 @@ def rotate_moments(base_optimizer: str, moments: Sequence[Tensor], C: Tensor, ra
     M.copy_(M @ C)
     if means:
         col, row = means
-        before = col.mean().clamp_(min=TINY)
+        before = col.mean(-1, keepdim=True).clamp_(min=TINY)
         col.copy_(col @ C.square())
-        row.mul_(col.mean() / before)  # V_ij = row_i col_j / mean(col)
+        row.mul_(col.mean(-1, keepdim=True) / before)  # V_ij = row_i col_j / mean(col)

@@ -110,8 +110,8 @@ class FiraConfig:
         refresh: "staggered": spread over the interval, so that no update takes much longer than another; "together":
             every basis at each `update_proj_gap`-th update, as published.
         moments: what becomes of them when the basis changes. "rotated": carried into the new basis; "kept": stay as
-            they are, as published; "aligned": the new basis is turned to lie closest to the old one. Columns have
-            nothing in common with others: "rotated", their moments begin anew, and with them the bias correction.
+            they are, as published. Columns have nothing in common with others: "rotated", their moments begin anew,
+            and with them the bias correction.
         base_optimizer: what makes the low-rank update N of R and its moments. "adamw"; "lion" (arXiv 2302.06675): the
             sign of beta1 M + (1 - beta1) R, where M decays by beta2, without bias correction and eps; "adafactor":
             AdamW with the second moment of Adafactor (arXiv 1804.04235), which keeps its means over rows and columns;

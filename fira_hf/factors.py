@@ -35,7 +35,7 @@ BLOCK = 2048
 
 @triton.jit
 def _factor_kernel(
-    table, X, R, a, B, out, outer, inner, pitch, x_row, x_col, k, width, column,
+    table, X, R, a, B, out, outer, inner, pitch, part, x_row, x_col, k, width, column,
     X_DTYPE: tl.constexpr, DTYPE: tl.constexpr, PARTS: tl.constexpr, HAS_TABLE: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_R: tl.constexpr, INTERPRETED: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
@@ -56,13 +56,13 @@ def _factor_kernel(
             b = k * tl.load(B + matrix * outer + i, mask=i < outer, other=0.0)
             x -= b[:, None] * tl.load(R + matrix * outer * inner + place, mask=inside, other=0.0)
     written = (i[:, None] < outer) & (j[None, :] < pitch)
-    out += matrix * PARTS * outer * pitch + i[:, None] * pitch + j[None, :]
+    out += matrix * PARTS * part + i[:, None] * pitch + j[None, :]
     if PARTS == 1:
         tl.store(out, rounded_by(x, 0, DTYPE, False, INTERPRETED), mask=written)
     else:
         high, low = halves(x, DTYPE, INTERPRETED)
         tl.store(out, high, mask=written)
-        tl.store(out + outer.to(tl.int64) * pitch, low, mask=written)
+        tl.store(out + part, low, mask=written)
 
 
 def table_of(*columns: Sequence[Any]) -> Tensor:
@@ -152,6 +152,6 @@ def _launch(like: Tensor, values: Tensor, table: Tensor, *rest: Any, **compiled:
     block_o = BLOCK // block_i
     X, R, a, B, *numbers = rest
     _factor_kernel[triton.cdiv(outer, block_o), triton.cdiv(pitch, block_i), count](
-        table, X, R, a, B, values, outer, like.shape[1], pitch, *numbers,
+        table, X, R, a, B, values, outer, like.shape[1], pitch, values.stride(1), *numbers,
         DTYPE=DTYPES[values.dtype], PARTS=parts, **compiled, INTERPRETED=INTERPRETED, BLOCK_O=block_o, BLOCK_I=block_i,
     )  # fmt: skip

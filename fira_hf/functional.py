@@ -29,6 +29,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -246,6 +247,69 @@ def bias_correction(beta: float, t: Tensor) -> Tensor:
 def step_size(lr: float, betas: tuple[float, float], t: Tensor) -> Tensor:
     """eta = lr sqrt(1 - b2^t) / (1 - b1^t) at update t = 1, 2, ..., of t's shape."""
     return lr * bias_correction(betas[1], t).sqrt() / bias_correction(betas[0], t)
+
+
+def advance(
+    norms: Tensor, steps: list[Tensor], lr: float, betas: tuple[float, float] | None, add: Add = None
+) -> tuple[Tensor, Tensor]:
+    """Which matrices make an update, (B,) bool, and its size eta, (B, 1, 1), which is 0 for the others.
+
+    norms: of the rows of G, (B, long, n), the last of n; steps: the count of each, 0-dim, to which an update is added.
+    betas: where they correct the bias.
+    """
+    active = are_usable(norms[..., -1:], add)
+    torch._foreach_add_(steps, [*active.float()])
+    t = torch.stack(steps).view(-1, 1, 1)
+    eta = torch.full_like(t, lr) if betas is None else step_size(lr, betas, t)
+    return active, torch.where(active.view(-1, 1, 1), eta, 0.0)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The settings of `scales`; (s, k) is how alpha enters the residual."""
+
+    alpha: float
+    s: float
+    k: float
+    scaling: str
+    gamma: float | None
+    limiter: str
+    negligible: float
+
+
+def scales(
+    G_norms: Tensor,
+    R_norms: Tensor,
+    N_norms: Tensor,
+    eta: Tensor,
+    histories: list[Tensor],
+    settings: Scales,
+    active: Tensor | None = None,
+    add: Add = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `apply_updates` is given: a = alpha eta, (B, 1, 1), and B = s c phi eta, (B, long, 1); and for statistics
+    ||s c S|| and c, (B, 1, 1).
+
+    Norms of rows: (B, long, 1). histories: the limited norm of each last residual, 0-dim, which become those of this
+    one where it is `active`.
+    """
+    if active is not None:
+        G_norms = torch.where(active.view(-1, 1, 1), G_norms, 0.0)
+    phi = residual_scale(N_norms, R_norms, settings.scaling, add)
+    norm = residual_norm(phi, G_norms, R_norms, settings.k, add, settings.negligible)
+    return limited_scales(phi, norm, eta, histories, settings, active)
+
+
+def limited_scales(
+    phi: Tensor, norm: Tensor, eta: Tensor, histories: list[Tensor], settings: Scales, active: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`scales` from phi and ||S||."""
+    previous = torch.stack(histories).view(-1, 1, 1)
+    c, limited_norm = limit(norm, previous, settings.gamma, settings.limiter)
+    if active is not None:
+        limited_norm = torch.where(active.view(-1, 1, 1), limited_norm, previous)
+    torch._foreach_copy_(histories, list(limited_norm.flatten()))
+    return settings.alpha * eta, phi * (settings.s * c * eta), settings.s * c * norm, c
 
 
 def apply_updates(

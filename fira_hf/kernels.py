@@ -19,6 +19,7 @@ rounded by moves the weight once, and the moment keeps nothing of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -34,6 +35,8 @@ from .code_kernels import encode as encode
 from .dense_kernel import dense_adamw as dense_adamw
 from .factors import DTYPES, about_moments, addresses_of, are_aligned, table_of
 from .int8_kernel import apply_int8_updates as apply_int8_updates
+from .scale_kernels import advance as advance
+from .scale_kernels import scales as scales
 from .tiles import (
     INTERPRETED,
     dot,
@@ -154,7 +157,7 @@ def _direction_kernel(
 
 @triton.jit
 def _update_kernel(
-    table, A, Q, N, R, a, B, active, long, short, rank, pitch, k, decay, beta, ahead, share,
+    table, A, Q, N, R, a, B, active, long, short, rank, pitch, a_part, k, decay, beta, ahead, share,
     w_row, w_col, g_row, g_col, q_row, q_col, q_part, m_row, s_row,
     W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, PARTS: tl.constexpr, HAS_R: tl.constexpr, HAS_B: tl.constexpr,
     IS_RANGE: tl.constexpr, ALIGNED: tl.constexpr, AT_RANDOM: tl.constexpr,
@@ -191,7 +194,7 @@ def _update_kernel(
                 product -= (k * b)[:, None] * part
         else:
             inner = tl.arange(0, BLOCK_R)
-            A += (matrix * PARTS * long + first_row) * pitch
+            A += matrix * PARTS * a_part + first_row.to(tl.int64) * pitch
             Q += matrix * PARTS * q_part + first_column.to(tl.int64) * q_row
             of_a = rows[:, None] * pitch + inner[None, :]
             of_q = columns[None, :] * q_row + inner[:, None] * q_col
@@ -205,7 +208,7 @@ def _update_kernel(
                 else:
                     product = dot(n, q, product, INTERPRETED)
                 if PARTS == 2:
-                    n_low = tl.load(A + long.to(tl.int64) * pitch + of_a, mask=is_a, other=0.0)
+                    n_low = tl.load(A + a_part + of_a, mask=is_a, other=0.0)
                     q_low = tl.load(Q + q_part + of_q, mask=is_q, other=0.0)
                     product = dot(n, q_low, product, INTERPRETED)
                     product = dot(n_low, q, product, INTERPRETED)
@@ -364,19 +367,19 @@ def apply_updates(
     of_moments, compiled = about_moments(moments)
     addresses = () if moments is None else (*addresses_of(moments), moment_seeds or none)
     table, parts = table_of(weights, grads, bases, seeds or none, *addresses), 2 if dtype == torch.float16 else 1
-    low_rank = [N, N, 0, 0, 0, 0]
+    low_rank: list[Any] = [N, N, 0, 0, 0, 0, 0]
     if is_range and a is None:
         a = N.new_ones(count)
     if not is_range:
         kept = torch.float32 if dtype == torch.float32 else torch.bfloat16
         A, Q = factors.of_update(N, R, a, B, k, kept, parts), factors.of_bases(bases, table, 2, kept, parts)
-        low_rank = [A.values, Q.values, A.strides[0], *Q.strides, Q.part]
+        low_rank = [A.values, Q.values, A.strides[0], A.part, *Q.strides, Q.part]
     # With a moment each thread holds more, and smaller programs fit beside each other.
     block_l = 128 if moments is None else 64
     _update_kernel[triton.cdiv(short, 64), triton.cdiv(long, block_l), count](
         table, *low_rank[:2], N, N if R is None else R, N if a is None else a, N if B is None else B, active,
-        long, short, rank, low_rank[2], k, decay, beta, 1 - beta**2, 1 - beta,
-        *weights[0].stride(), *grads[0].stride(), *low_rank[3:], *of_moments,
+        long, short, rank, *low_rank[2:4], k, decay, beta, 1 - beta**2, 1 - beta,
+        *weights[0].stride(), *grads[0].stride(), *low_rank[4:], *of_moments,
         W_DTYPE=DTYPES[dtype], G_DTYPE=DTYPES[grads[0].dtype], PARTS=parts,
         HAS_R=R is not None, HAS_B=B is not None, IS_RANGE=is_range,
         ALIGNED=are_aligned(weights, grads, *addresses), AT_RANDOM=seeds is not None,

@@ -145,7 +145,7 @@ class Matrix:
     def write(self, name: str, value: Tensor, active: Tensor | None = None, seed: int | None = None) -> None:
         """See `write`, of one matrix; `active`: 0-dim bool."""
         on = None if active is None else active.view(1)
-        write([self], name, [value], on, None if seed is None else [seed])
+        write([self], name, value[None], on, None if seed is None else [seed])
 
     def __getitem__(self, name: str) -> Any:
         value = local(self.state[name])
@@ -178,23 +178,27 @@ def read(matrices: Sequence[Matrix], name: str) -> list[Tensor]:
 def write(
     matrices: Sequence[Matrix],
     name: str,
-    values: Sequence[Tensor],
+    values: Tensor,
     active: Tensor | None = None,
     seeds: Sequence[int] | None = None,
 ) -> None:
-    """Stores fp32 values, which may be changed, rounded at random where there are seeds, one for each matrix.
+    """Stores fp32 values, (B, ...), which may be changed, rounded at random where there are seeds, one for each.
 
     `active`: (B,) bool on the device; where it is False everything stays.
     """
     stored = [matrix[name] for matrix in matrices]
     if not is_coded(matrices[0].state, name):
-        for i, (old, new) in enumerate(zip(stored, values, strict=True)):
-            draws = F.generator(old, seeds[i] if seeds else None)
-            F.store(old, new if active is None else torch.where(active[i], new, old), draws)
+        if active is not None:
+            values = torch.where(active.view(-1, *[1] * (values.ndim - 1)), values, torch.stack(stored))
+        if seeds is None:
+            torch._foreach_copy_(stored, list(values))
+            return
+        for old, new, seed in zip(stored, values, seeds, strict=True):
+            F.store(old, new, F.generator(old, seed))
         return
     scales, ops = [matrix[name + SCALE] for matrix in matrices], operations(matrices[0].parameter)
     if ops is not F:
-        ops.encode(torch.stack(list(values)), stored, scales, CODES[name], active, seeds)
+        ops.encode(values.contiguous(), stored, scales, CODES[name], active, seeds)
         return
     for i, value in enumerate(values):
         coded = encode(value[None], CODES[name], seeds and seeds[i : i + 1])
@@ -220,7 +224,7 @@ def update_moments(
     found = ops.direction(base, R, moments, *settings)
     for i, name in enumerate(names):
         if is_coded(state, name):
-            write(matrices, name, moments[i], active, seeds[i] if seeds else None)
+            write(matrices, name, torch.stack(moments[i]), active, seeds[i] if seeds else None)
     return found
 
 

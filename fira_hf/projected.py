@@ -39,61 +39,42 @@ def step_projected(matrices: list[Matrix], group: dict[str, Any], watch: Watch =
     if shards:
         R, norms = shards.collect(R, norms)
 
-    active: Tensor | None = F.are_usable(norms[..., -1:], add)
-    assert active is not None
-    if matrices[0].parameter.device.type == "cpu":
+    is_watched_by_host = matrices[0].parameter.device.type == "cpu"
+    if is_watched_by_host:
         # Here a look at the gradients costs nothing. Elsewhere the device decides by itself.
-        keep = active.nonzero().flatten().tolist()
+        keep = F.are_usable(norms[..., -1:], add).nonzero().flatten().tolist()
         if not keep:
             return
         if len(keep) < len(matrices):
             R, norms = R[keep], norms[keep]
             matrices, grads, bases = ([x[i] for i in keep] for x in (matrices, grads, bases))
             wholes = [wholes[i] for i in keep] if wholes else []
-        active = None
     for matrix in matrices:
         matrix.refresh_in = max(0, (matrix.refresh_in or 0) - 1)
-    steps = [matrix["step"] for matrix in matrices]
-    torch._foreach_add_(steps, 1.0 if active is None else list(active.float()))
-    counts = torch.stack(steps).view(-1, 1, 1)
-    base = group["base_optimizer"]
+    base, lr = group["base_optimizer"], group["lr"]
     is_corrected = group["correct_bias"] and base in ("adamw", "adafactor")
-    lr = group["lr"]
     if group["adjust_lr"] == "match_rms_adamw":
         lr = lr * base_optimizers.rms_scale(base, long, short, R.shape[2])
-    eta = F.step_size(lr, group["betas"], counts if is_corrected else torch.inf * counts)
-    if active is not None:
-        mask = active.view(-1, 1, 1)
-        norms, eta = (torch.where(mask, x, 0.0) for x in (norms, eta))
-    G_norms = norms[..., :1]
+    steps, betas = [matrix["step"] for matrix in matrices], group["betas"] if is_corrected else None
+    active: Tensor | None
+    active, eta = ops.advance(norms, steps, lr, betas, add)
+    if is_watched_by_host:
+        active = None
+    histories, settings = [matrix["residual_norm"] for matrix in matrices], _scales(group, matrices[0].state)
     if wholes:
-        R = R if active is None else torch.where(mask, R, 0.0)
+        if active is not None:
+            R, norms = (torch.where(active.view(-1, 1, 1), x, 0.0) for x in (R, norms))
         N = base_optimizers.orthogonalized(R, add)
         R_norms, N_norms = F.row_norms(R), F.row_norms(N)
         equal = whole.equal_rows(N_norms, long, R.shape[2])
         N_norms = equal * N_norms
+        phi, left = whole.row_scale(norms[..., :1], R_norms, long, short, R.shape[2], add)
+        a, B, *limited = F.limited_scales(phi, F.total_norms(left, add), eta, histories, settings, active)
     else:
         N, R_norms, N_norms = update_moments(matrices, group, R, active, add)
+        a, B, *limited = ops.scales(norms, R_norms, N_norms, eta, histories, settings, active, add)
 
-    # (s, k) of `functional`: how alpha enters the residual.
-    alpha = group["alpha"]
-    s, k = {"reference": (1.0, alpha), "paper": (alpha, 1.0), "none": (0.0, 1.0), "moment": (alpha, 1.0)}[
-        group["residual"]
-    ]
-    if wholes:
-        phi, left = whole.row_scale(G_norms, R_norms, long, short, R.shape[2], add)
-        norm = F.total_norms(left, add)
-    else:
-        phi = F.residual_scale(N_norms, R_norms, group["scaling"], add)
-        norm = F.residual_norm(phi, G_norms, R_norms, k, add, negligible(matrices[0].state))
-    histories = [matrix["residual_norm"] for matrix in matrices]
-    previous = torch.stack(histories).view(-1, 1, 1)
-    c, limited_norm = F.limit(norm, previous, group["gamma"], group["limiter"])
-    if active is not None:
-        limited_norm = torch.where(mask, limited_norm, previous)
-    torch._foreach_copy_(histories, list(limited_norm.flatten()))
-
-    B, a = phi * (s * c * eta), alpha * eta
+    k = settings.k
     low_rank: tuple[Tensor, Tensor | None] = (N, R)
     if shards or wholes:
         A = N.mul_(equal * a if wholes else a).addcmul_(B, R, value=-k)
@@ -108,9 +89,18 @@ def step_projected(matrices: list[Matrix], group: dict[str, Any], watch: Watch =
         both = (weight_seeds, moment_seeds)
         apply_updates(views, grads, wholes, A, B, bases, decay, group["betas"][0], active, *both)
     else:
-        b = B if s else None
+        b = B if settings.s else None
         apply_updates = updates_of_int8(ops) if isinstance(views[0], int8.Int8Weight) else ops.apply_updates
         apply_updates(views, grads, *low_rank, a, k, b, bases, decay, active, weight_seeds)
     if watch is not None:
-        totals = F.total_norms(torch.stack([G_norms, R_norms, alpha * N_norms]), add)
-        watch(totals[0], totals[1], totals[2], s * c * norm, c, active)
+        each = torch.stack([norms[..., :1], R_norms, group["alpha"] * N_norms])
+        each = each if active is None else torch.where(active.view(-1, 1, 1), each, 0.0)
+        watch(*F.total_norms(each, add), *limited, active)
+
+
+def _scales(group: dict[str, Any], state: dict[str, Any]) -> F.Scales:
+    alpha = group["alpha"]
+    s, k = {"reference": (1.0, alpha), "paper": (alpha, 1.0), "none": (0.0, 1.0), "moment": (alpha, 1.0)}[
+        group["residual"]
+    ]
+    return F.Scales(alpha, s, k, group["scaling"], group["gamma"], group["limiter"], negligible(state))

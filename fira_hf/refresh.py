@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 from . import base_optimizers
 from . import functional as F
 from .distributed import broadcast, is_own, owners
-from .matrices import Matrix, batches, operations, operations_of_moments, read
+from .matrices import Matrix, batches, operations, operations_of_moments, read, write
 from .state import OF_REFRESH, has_basis, is_whole, low_rank_moments, rounds_state, seed_of
-from .subspace import find_bases, nearest_rotation, refine
+from .subspace import find_bases, refine
 
 
 def refresh(
@@ -29,8 +29,8 @@ def refresh(
 
     On the CPU a basis is due by the updates that its matrix has made, so the host looks at `step`, and at which
     gradients are usable. An accelerator is read for first bases only: later ones are due by calls, which the host
-    counts, and the device keeps the old basis where the gradient is not usable. (Not with "svd" and "aligned": torch
-    reads the device to decompose.)
+    counts, and the device keeps the old basis where the gradient is not usable. (Not with "svd": torch reads
+    the device to decompose.)
     `first_states`: of the parameters that have none. `process_group`: replicas that share the work. A weight that is
     sharded has none: of a stack each process has matrices of its own.
     """
@@ -117,7 +117,7 @@ def _due(
 def _refine(due: list[Matrix], group: dict[str, Any], process_group: ProcessGroup | None) -> None:
     """New bases for matrices that have one, without a read by the host."""
     owner = dict(zip(due, owners([matrix.weight.numel() for matrix in due], process_group), strict=True))
-    found: dict[Matrix, tuple[Tensor, Tensor]] = {}
+    found: dict[Matrix, Tensor] = {}
     for batch in batches((m for m in due if m.shards or is_own(owner[m], process_group)), group["rank"]):
         ops, shards = operations(batch[0].parameter), batch[0].shards
         if is_whole(group) and not shards:
@@ -130,15 +130,19 @@ def _refine(due: list[Matrix], group: dict[str, Any], process_group: ProcessGrou
         if shards:
             each = zip(grads, previous, seeds, strict=True)
             new = [shards.refine(G, Q, group["projection"], seed, min(batch[0].shape)) for G, Q, seed in each]
+            Q, good = (torch.stack(column) for column in zip(*new, strict=True))
         else:
-            new = list(zip(*refine(ops, grads, group["projection"], previous, seeds), strict=True))
-        found |= dict(zip(batch, new, strict=True))
+            Q, good = refine(ops, grads, group["projection"], previous, seeds)
+        if process_group is None or shards:
+            _change_bases(batch, Q, good, group)
+        else:
+            found |= dict(zip(batch, torch.where(good.view(-1, 1, 1), Q, torch.nan), strict=True))
+    if process_group is None:
+        return
     for matrix in due:
-        if process_group is not None and not matrix.shards:
-            Q = torch.where(found[matrix][1], found[matrix][0], torch.nan) if matrix in found else None
-            Q = broadcast(Q, matrix.read("basis").float(), owner[matrix], process_group)
-            found[matrix] = Q, ~Q[0, 0].isnan()
-        _change_basis(matrix, *found.pop(matrix), group)
+        if not matrix.shards:
+            Q = broadcast(found.pop(matrix, None), matrix.read("basis").float(), owner[matrix], process_group)
+            _change_bases([matrix], Q[None], ~Q[None, 0, 0].isnan(), group)
 
 
 class _OfMoments:
@@ -164,7 +168,7 @@ def _take(matrix: Matrix, Q: Tensor | None, wait: int, group: dict[str, Any]) ->
     """Gives the matrix its new basis; None is a basis that could not be found: the old one stays, if there is one."""
     if matrix.begun:
         if Q is not None:
-            _change_basis(matrix, Q, None, group)
+            _change_bases([matrix], Q[None], None, group)
     elif Q is not None:
         matrix.begin(Q, group)
     else:
@@ -174,21 +178,17 @@ def _take(matrix: Matrix, Q: Tensor | None, wait: int, group: dict[str, Any]) ->
         matrix.refresh_in = wait
 
 
-def _change_basis(matrix: Matrix, Q: Tensor, good: Tensor | None, group: dict[str, Any]) -> None:
-    """`good`: a 0-dim bool on the device; where it is False, everything stays as it is. None: it is."""
-    before = matrix.read("basis").float()
-    if is_whole(group):
-        pass  # its moment is in no basis
-    elif group["moments"] == "aligned":
-        Q = Q if good is None else torch.where(good, Q, before)  # what is not finite cannot be decomposed
-        Q = Q @ nearest_rotation(Q.t() @ before)
-    elif group["moments"] == "rotated":
-        C = before.t() @ Q
-        b1, b2 = (F.bias_correction(beta, matrix["step"]) for beta in group["betas"])
-        names, copies = low_rank_moments(group), good is not None
-        moments = [matrix.read(name).to(torch.float32, copy=copies) for name in names]
-        base_optimizers.rotate_moments(group["base_optimizer"], moments, C, b2 / b1.square())
+def _change_bases(matrices: list[Matrix], Q: Tensor, good: Tensor | None, group: dict[str, Any]) -> None:
+    """New bases, (B, short, r), of matrices of one shape. `good`: (B,) bool on the device; where it is False,
+    everything stays as it is. None: all are."""
+    if group["moments"] == "rotated" and not is_whole(group):  # a whole moment is in no basis
+        before = torch.stack(read(matrices, "basis")).float()
+        steps = torch.stack([matrix["step"] for matrix in matrices]).view(-1, 1, 1)
+        b1, b2 = (F.bias_correction(beta, steps) for beta in group["betas"])
+        names = low_rank_moments(group)
+        moments = [torch.stack(read(matrices, name)).float() for name in names]
+        base_optimizers.rotate_moments(group["base_optimizer"], moments, before.mT @ Q, b2 / b1.square())
         for use, (name, moment) in enumerate(zip(names, moments, strict=True)):
-            seed = matrix.rounding_seed(use + OF_REFRESH) if rounds_state(group) else None
-            matrix.write(name, moment, good, seed)
-    matrix.write("basis", Q, good)
+            seeds = [matrix.rounding_seed(use + OF_REFRESH) for matrix in matrices] if rounds_state(group) else None
+            write(matrices, name, moment, good, seeds)
+    write(matrices, "basis", Q, good)

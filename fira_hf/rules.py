@@ -110,7 +110,7 @@ RULES: dict[str, tuple[Check, str]] = {
     "gamma": (lambda v: v is None or _is_alpha(v), "a number above 0, or None for no limiter"),
     "projection": _is_one_of("svd", "power", "random", "columns"),
     "refresh": _is_one_of("together", "staggered"),
-    "moments": _is_one_of("kept", "rotated", "aligned"),
+    "moments": _is_one_of("kept", "rotated"),
     "base_optimizer": _is_one_of("adamw", "lion", "adafactor", "muon"),
     "scaling": _is_one_of("column", "matrix", "none"),
     "residual": _is_one_of("reference", "paper", "none", "moment"),
@@ -168,9 +168,7 @@ def normalised(name: str, value: Any) -> Any:
 
 def check_update(settings: Mapping[str, Any]) -> None:
     """Raises ValueError, naming the settings, where valid ones of a projected group contradict each other."""
-    alpha, residual, limiter, gamma, projection, moments = (
-        settings[name] for name in ("alpha", "residual", "limiter", "gamma", "projection", "moments")
-    )
+    alpha, residual, limiter, gamma = (settings[name] for name in ("alpha", "residual", "limiter", "gamma"))
     for name, value in MOMENT_NEEDS.items() if residual == "moment" else ():
         if settings[name] != value:
             raise ValueError(
@@ -181,11 +179,6 @@ def check_update(settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"state_dtype='int4' is for the whole moment of residual='moment', not for residual={residual!r}: set "
             "state_dtype='int8', or take the preset subspace-muon."
-        )
-    if projection == "columns" and moments == "aligned":
-        raise ValueError(
-            "moments='aligned' turns a basis, and projection='columns' has none: set moments='rotated', by which "
-            "moments begin anew in other columns, or 'kept'."
         )
     if alpha == 0 and residual in ("paper", "none", "moment"):
         raise ValueError(

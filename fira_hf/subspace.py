@@ -197,9 +197,3 @@ def _in_fp32_or_fp64(decompose: Callable[[Tensor], Tensor], matrix: Tensor) -> T
         if _orthogonality_error(Q) <= TOLERANCE:
             return Q
     return None
-
-
-def nearest_rotation(C: Tensor) -> Tensor:
-    """The orthogonal matrix nearest to C, (r, r): its polar factor (the orthogonal Procrustes problem)."""
-    U, _, Vh = torch.linalg.svd(C)
-    return U @ Vh

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from fira_hf import FiraAdamW, FiraConfig, base_optimizers, views
+from fira_hf import FiraAdamW, base_optimizers, views
 from fira_hf.matrices import matrices_of
 from reference import fira_step, gradients, spoiled, weight
 
@@ -202,7 +202,7 @@ def test_there_is_no_basis_and_moments_begin_anew():
             assert state["step"] == 1
 
 
-def test_kept_moments_go_on_and_aligned_ones_are_refused():
+def test_kept_moments_go_on():
     p = weight((40, 24))
     optimizer = optimizer_of(p, base_optimizer="muon", refresh="together", moments="kept")
     for gradient in gradients((40, 24), 6):
@@ -212,9 +212,6 @@ def test_kept_moments_go_on_and_aligned_ones_are_refused():
     (columns,) = columns_of(optimizer, p)
     assert torch.allclose(optimizer.state[p]["exp_avg"], 0.9 * before + 0.1 * gradient[:, columns], atol=1e-7)
     assert optimizer.state[p]["step"] == 6
-    for make in (lambda **s: optimizer_of(weight((40, 24)), **s), lambda **s: FiraConfig(projection="columns", **s)):
-        with pytest.raises(ValueError, match="moments='aligned'.*set moments='rotated'"):
-            make(moments="aligned")
 
 
 def test_a_rank_of_the_whole_side_is_never_begun_anew():

@@ -25,7 +25,7 @@ WHOLE = {"projection": "power", "moments": "rotated", "base_optimizer": "muon", 
 SETTINGS = {
     "svd": {},
     "power": {"projection": "power", "moments": "rotated"},
-    "staggered": {"projection": "power", "refresh": "staggered", "moments": "aligned"},
+    "staggered": {"projection": "power", "refresh": "staggered", "moments": "kept"},
     "lion": {"projection": "power", "moments": "rotated", "base_optimizer": "lion"},
     "adafactor": {"projection": "power", "moments": "rotated", "base_optimizer": "adafactor"},
     "muon": {"projection": "power", "moments": "rotated", "base_optimizer": "muon"},

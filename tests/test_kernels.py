@@ -65,11 +65,12 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fira_hf import code_kernels, codes, dense_kernel, factors, kernels
+from fira_hf import code_kernels, codes, dense_kernel, factors, kernels, scale_kernels
 
-INTEGERS = ("long", "short", "rank", "size", "pitch", "q_part", "outer", "inner", "width", "column")
+INTEGERS = ("long", "short", "rank", "size", "pitch", "q_part", "a_part", "part", "outer", "inner", "width", "column")
 POINTERS = {"table": "*i64", "active": "*i1", "finite": "*i1"}
-NUMBERS = ("b1", "b2", "c1", "c2", "eps", "k", "decay", "lr", "beta", "ahead", "share")
+NUMBERS = ("b1", "b2", "c1", "c2", "eps", "k", "decay", "lr", "beta", "ahead", "share", "log_b1", "log_b2")
+NUMBERS += ("alpha", "s", "removed", "gamma", "negligible")
 
 def compiled(kernel, capability, warps, stages, **constants):
     constants |= {"INTERPRETED": False} if "INTERPRETED" in kernel.arg_names else {}
@@ -123,6 +124,11 @@ for capability, dtype in itertools.product((80, 90), (tl.bfloat16, tl.float32)):
     compiled(dense_kernel._adamw_kernel, capability, 4, 3, **dense)
     compiled(factors._factor_kernel, capability, 4, 3, **tile, PARTS=parts, HAS_TABLE=True, **no_sum)
     compiled(factors._factor_kernel, capability, 4, 3, **tile, PARTS=1, HAS_TABLE=False, HAS_SCALE=True, HAS_R=True)
+    # A launch compiles in each number that is 1.
+    compiled(factors._factor_kernel, capability, 4, 3, **tile, PARTS=2, HAS_TABLE=True, **no_sum, outer=1)
+    compiled(scale_kernels._advance_kernel, capability, 8, 3, IS_CORRECTED=half, BLOCK=4096)
+    for limiter, scaling in zip(("growth", "shrink", "scale", "none"), ("column", "matrix", "none", "column")):
+        compiled(scale_kernels._scales_kernel, capability, 8, 3, SCALING=scaling, LIMITER=limiter, BLOCK=4096)
     for code in codes.CODES.values() if half else ():
         one = {"DTYPE": tl.int8 if code.dtype == torch.int8 else tl.uint8, "OCTAVES": code.octaves, "BITS": code.bits}
         one |= {"ALIGNED": True, "BLOCK_L": 16, "BLOCK_R": 128}

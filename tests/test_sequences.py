@@ -29,7 +29,7 @@ SETTINGS = [
 SETTINGS += [
     {"state_dtype": "bfloat16", "stochastic_rounding": True},
     {"state_dtype": "int8"},
-    {"refresh": "together", "moments": "aligned"},
+    {"refresh": "together", "moments": "kept"},
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fira_hf import subspace
-from fira_hf.subspace import find_bases, nearest_rotation
+from fira_hf.subspace import find_bases
 
 METHODS = ("svd", "power", "random", "sketch")
 SHAPES = [(90, 70), (70, 90), (80, 80), (200, 12), (12, 200)]  # 12 is short enough for the exact basis of "power"
@@ -141,9 +141,3 @@ def test_cholesky_that_fails_falls_back_to_householder(monkeypatch):
     for Q in find_bases([fine, bad], 10, "power", starts, [0, 1]):
         assert orthogonality_error(Q) <= 1e-5
     assert calls == [(200, 10)]
-
-
-def test_the_nearest_rotation_brings_bases_together():
-    Q = torch.linalg.qr(noise(40, 6)).Q
-    turned = Q @ torch.linalg.qr(noise(6, 6, seed=3)).Q
-    assert (turned @ nearest_rotation(turned.T @ Q) - Q).abs().max() <= 1e-5
