@@ -11,6 +11,8 @@ Two parts are a sum of two of the narrower dtype.
 
 from __future__ import annotations
 
+import itertools
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,19 +69,24 @@ def _factor_kernel(
 
 def table_of(*columns: Sequence[Any]) -> Tensor:
     """(matrices, columns) int64 on the device: addresses of tensors, first ones of ranges, and numbers."""
-    rows = [[_number(x) for x in row] for row in zip(*columns, strict=True)]
-    device = next(x.device for column in columns for x in column if isinstance(x, Tensor))
-    return torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    device = next(column[0].device for column in columns if isinstance(column[0], Tensor))
+    flat = array("q", itertools.chain.from_iterable(zip(*map(_numbers, columns), strict=True)))
+    # A copy of so little has left the host's memory when it is started, which it need not be pinned for.
+    table = torch.frombuffer(flat, dtype=torch.int64).view(-1, len(columns))
+    return table.to(device, non_blocking=True)
 
 
-def _number(x: Any) -> int:
-    number: int = x.data_ptr() if isinstance(x, Tensor) else x.start if isinstance(x, range) else x
-    return number
+def _numbers(column: Sequence[Any]) -> Sequence[int]:
+    """Of things of one kind."""
+    if isinstance(column[0], Tensor):
+        return [x.data_ptr() for x in column]
+    return [x.start for x in column] if isinstance(column[0], range) else column
 
 
 def are_aligned(*columns: Sequence[Any]) -> bool:
     """Whether all tensors among these begin at multiples of 16 bytes; of strides Triton sees by itself."""
-    return all(x.data_ptr() % 16 == 0 for column in columns for x in column if isinstance(x, Tensor))
+    of_tensors = [column for column in columns if isinstance(column[0], Tensor)]
+    return not any(x.data_ptr() & 15 for column in of_tensors for x in column)
 
 
 def about_moments(moments: Sequence[Whole] | None) -> tuple[tuple[int, int], dict[str, Any]]:

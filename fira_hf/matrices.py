@@ -241,6 +241,8 @@ def matrices_of(p: Any, states: Mapping[Any, dict[str, Any]], group: dict[str, A
     """The matrices of a parameter, all with its one state, which is empty before the first of them begins."""
     split, transposed, convolution = of_layout(group)
     state: Any = states.get(p) or State()
+    if p.ndim == 2 and split == 1 and not (transposed or isinstance(p, DTensor) or int8.is_int8(p)):
+        return [Matrix(p, state, None, 0, None, p.detach(), p.grad, p.shape)]  # nearly always; and soon done
     shape, shards = views.folded_shape(p.shape, convolution), shards_of(p, split, transposed, convolution)
     weight, grad = int8.view(local(p.detach())), local(p.grad)
     if convolution:

@@ -109,6 +109,8 @@ class FiraAdamW(torch.optim.Optimizer):
         self._sums: dict[torch.device, Tensor] = {}
         # The settings of groups, by identity, as they were when they were last checked.
         self._checked: dict[int, dict[str, Any]] = {}
+        # What `_seen` said of weights that have passed `check_step`.
+        self._passed: dict[Any, Any] = {}
         # Replicas that hold the same weights and get the same gradients, as under DDP: each basis is found by one of
         # them and broadcast. None: every process finds all bases.
         self.process_group: ProcessGroup | None = None
@@ -123,7 +125,7 @@ class FiraAdamW(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("config", "summary", "track_statistics", "_sums")}
         # Processes are not part of what is copied or pickled.
-        return {**super().__getstate__(), **own, "_checked": {}, "process_group": None}
+        return {**super().__getstate__(), **own, "_checked": {}, "_passed": {}, "process_group": None}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if any("param_names" in group for group in self.param_groups):
@@ -149,9 +151,9 @@ class FiraAdamW(torch.optim.Optimizer):
             self.check_step(group, parameters)
         is_rehearsal = self._is_rehearsal()
         first = None
-        if any(not self.state.get(p) for _, parameters in work for p in parameters):
-            first = first_states(self.param_groups)
         calls = {p: self.state[p]["calls"] for _, parameters in work for p in parameters if self.state.get(p)}
+        if len(calls) < sum(len(parameters) for _, parameters in work):
+            first = first_states(self.param_groups)
         # Where memory runs out, it does as states and bases are made: no weight has been written by then.
         try:
             matrices = [self._prepare(group, parameters, first, is_rehearsal) for group, parameters in work]
@@ -192,7 +194,12 @@ class FiraAdamW(torch.optim.Optimizer):
         if not is_checked:
             check_settings(group)
             self._checked[id(group)] = watched(group)
+            self._passed = {}
         for p in parameters:
+            state = self.state.get(p, {})
+            seen = _seen(p, state, group)
+            if seen is not None and self._passed.get(p) == seen:
+                continue
             if p.grad is not None and p.grad.is_sparse:
                 raise RuntimeError("FiraAdamW does not take sparse gradients: use sparse=False in the embedding.")
             if "rank" in group and p.ndim not in dimensions_of(group):
@@ -200,7 +207,7 @@ class FiraAdamW(torch.optim.Optimizer):
                     "FiraAdamW cannot project flattened weights (FSDP1, DeepSpeed): use DDP or fully_shard."
                 )
             check_weight(p, group)
-            problem = misfit(p) or state_misfit(p, self.state.get(p, {}), group)
+            problem = misfit(p) or state_misfit(p, state, group)
             if problem is not None:
                 raise RuntimeError(
                     f"{name_of(p, group)} of shape {tuple(p.shape)} {problem}. Nothing was changed in this step. "
@@ -211,6 +218,7 @@ class FiraAdamW(torch.optim.Optimizer):
                 raise RuntimeError(
                     'projection="svd" needs whole gradients, and FSDP shards them: set projection="power".'
                 )
+            self._passed[p] = seen
 
     def step_one(self, group: dict[str, Any], p: Any, first: dict[Any, dict[str, Any]] | None) -> None:
         """The step of a parameter of a group that `check_step` has passed; `first` where it has no state yet."""
@@ -377,3 +385,14 @@ def _as_saved(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         return {name: value.contiguous() if name == "basis" else value for name, value in state.items()}
 
     return {**state_dict, "state": {index: saved(state) for index, state in state_dict["state"].items()}}
+
+
+def _seen(p: Any, state: dict[str, Any], group: dict[str, Any]) -> Any:
+    """All that `check_step` looks at, beside the group's settings: while it is the same there is nothing to check,
+    which takes as long as all else that the host does for a weight. None where that is not known, as of DTensors."""
+    grad = p.grad
+    if grad is None or type(p) is not torch.nn.Parameter or type(grad) is not Tensor:
+        return None
+    kept = [(id(x), x.dtype, x.device, x.shape) for x in state.values() if isinstance(x, Tensor)]
+    of_grad = (grad.dtype, grad.device, grad.shape, grad.layout)
+    return id(group), p.dtype, p.device, p.shape, p.stride(), of_grad, type(state), kept
