@@ -109,8 +109,8 @@ class FiraAdamW(torch.optim.Optimizer):
         self._sums: dict[torch.device, Tensor] = {}
         # The settings of groups, by identity, as they were when they were last checked.
         self._checked: dict[int, dict[str, Any]] = {}
-        # What `_seen` said of weights that have passed `check_step`.
-        self._passed: dict[Any, Any] = {}
+        # What `_seen` said of weights that have passed `check_step`, by identity.
+        self._passed: dict[int, Any] = {}
         # Replicas that hold the same weights and get the same gradients, as under DDP: each basis is found by one of
         # them and broadcast. None: every process finds all bases.
         self.process_group: ProcessGroup | None = None
@@ -198,7 +198,7 @@ class FiraAdamW(torch.optim.Optimizer):
         for p in parameters:
             state = self.state.get(p, {})
             seen = _seen(p, state, group)
-            if seen is not None and self._passed.get(p) == seen:
+            if seen is not None and self._passed.get(id(p)) == seen:
                 continue
             if p.grad is not None and p.grad.is_sparse:
                 raise RuntimeError("FiraAdamW does not take sparse gradients: use sparse=False in the embedding.")
@@ -218,7 +218,7 @@ class FiraAdamW(torch.optim.Optimizer):
                 raise RuntimeError(
                     'projection="svd" needs whole gradients, and FSDP shards them: set projection="power".'
                 )
-            self._passed[p] = seen
+            self._passed[id(p)] = seen
 
     def step_one(self, group: dict[str, Any], p: Any, first: dict[Any, dict[str, Any]] | None) -> None:
         """The step of a parameter of a group that `check_step` has passed; `first` where it has no state yet."""
