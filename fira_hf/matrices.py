@@ -34,9 +34,9 @@ from .state import (
 )
 
 # Matrices of one shape are taken together up to this many elements of their low-rank gradients: 4 MiB on the CPU;
-# elsewhere 32 MiB, so that starting the operations does not take longer than the operations.
+# elsewhere 64 MiB, so that starting the operations does not take longer than the operations.
 BATCH = {"cpu": 2**20}
-BATCH_ELSEWHERE = 2**23
+BATCH_ELSEWHERE = 2**24
 
 
 class Matrix:
@@ -269,8 +269,8 @@ def batches(matrices: Iterable[Matrix], rank: int) -> Iterator[list[Matrix]]:
         lie: tuple[Any, ...] = ()
         if p.device.type != "cpu":
             # A whole moment lies as the shape says, whichever way the weight does.
-            lie = (shape[0] >= shape[1], *(matrix.tall(x).stride() for x in (matrix.weight, matrix.grad)))
-        kind = (int8.is_int8(local(p.data)), p.dtype, p.grad.dtype, matrix.shards, lie)
+            lie = (shape[0] >= shape[1], matrix.weight.stride(), matrix.grad.stride())
+        kind = (int8.is_int8(local(p)), p.dtype, p.grad.dtype, matrix.shards, lie)
         alike[max(shape), min(shape), p.device, kind].append(matrix)
     for (long, short, device, _), members in alike.items():
         size = max(1, BATCH.get(device.type, BATCH_ELSEWHERE) // (long * min(rank, short)))
