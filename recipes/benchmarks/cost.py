@@ -309,6 +309,32 @@ class Kernels:
             norms[1] = functional.row_norms(N)
         return N, norms[0], norms[1]
 
+    def advance(
+        self, norms: Tensor, steps: Any, lr: float, betas: Any, add: functional.Add = None
+    ) -> tuple[Tensor, Tensor]:
+        active, eta = torch.empty(len(steps), dtype=torch.bool), torch.empty(len(steps), 1, 1)
+        self._launch([norms, steps], steps, [active, eta])
+        return active, eta
+
+    def scales(
+        self,
+        G_norms: Tensor,
+        R_norms: Tensor,
+        N_norms: Tensor,
+        eta: Tensor,
+        histories: Any,
+        settings: functional.Scales,
+        active: Tensor,
+        add: functional.Add = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        a, residual, c = (torch.empty_like(eta) for _ in range(3))
+        B = torch.empty_like(R_norms)
+        # Rows are read again to be written.
+        self._launch(
+            [G_norms, R_norms, N_norms, eta, histories, active], [histories, R_norms, N_norms], [a, B, residual, c]
+        )
+        return a, B, residual, c
+
     def apply_updates(
         self,
         weights: Any,

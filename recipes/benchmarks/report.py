@@ -267,10 +267,11 @@ def gpu_table(content: dict[str, Any]) -> str:
                 times = [f"{found[key]:,.2f}" if key in found else "" for key in ("ordinary", "refresh", "amortised")]
                 steps.append([f"{model}, rank {row['rank']}", method, *times, f"{found['ordinary'] / base:.2f}"])
         elif row.get("launches") is not None:
-            cells = [name.partition(" of ")[2], f"{row['launches']:,}", f"{row['device_milliseconds']:,.2f}"]
-            launches.append([model, *cells, f"{row['waits']:.0%}"])
+            times = [f"{row[key]:,.2f}" for key in ("milliseconds", "device_milliseconds")]
+            cells = [name.partition(" of ")[2], f"{row['launches']:,}", *times, f"{row['waits']:.0%}"]
+            launches.append([model, *cells])
     header = ["matrices of LLaMA", "", "ordinary step, ms", "refresh step, ms", "average, ms", "ordinary, of AdamW"]
-    others = ["an ordinary step", "", "launches", "the GPU works, ms", "it waits for the host"]
+    others = ["an ordinary step", "", "launches", "a step, ms", "the GPU works, ms", "it waits for the host"]
     return f"{markdown(header, steps)}\n\n{markdown(others, launches)}"
 
 
