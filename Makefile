@@ -36,7 +36,7 @@ test-versions: $(STAMP) ## the library's tests on its oldest and newest versions
 	$(BIN)/nox $(NOX)
 
 # Where python has torch with CUDA already: python -m recipes.benchmarks.gpu --output_dir runs/gpu
-gpu: $(STAMP) ## kernels, steps, training and memory on a CUDA device, into GPU_RUN=runs/gpu (some twenty minutes at most)
+gpu: $(STAMP) ## kernels, steps, training and memory on a CUDA device, into GPU_RUN=runs/gpu (some fifteen minutes at most)
 	$(BIN)/python -m recipes.benchmarks.gpu --output_dir $(GPU_RUN)
 
 # Runs of a small model are fastest in one thread each. What was interrupted is continued, and what is complete is kept.

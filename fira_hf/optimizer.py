@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 from . import functional as F
-from .checkpoint import IMPLEMENTATION, check_checkpoint, pairs
+from .checkpoint import IMPLEMENTATION, check_checkpoint, config_in_effect, pairs
 from .config import FiraConfig
 from .dense import create_dense, step_dense
 from .distributed import add_up_gradients, agree, local, shards_of
@@ -359,6 +359,8 @@ class FiraAdamW(torch.optim.Optimizer):
                 for name, value in before.items():
                     group.setdefault(name, value)  # AdamW does not save all of them
                 group["betas"] = tuple(group["betas"])
+            if self.config is not None:
+                self.config = config_in_effect(self.config, own, self.param_groups)
             first = first_states(self.param_groups)
             groups = [group for group in self.param_groups for _ in group["params"]]
             for (index, p), group in zip(pairs(loaded, self.param_groups), groups, strict=True):

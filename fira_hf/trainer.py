@@ -21,7 +21,6 @@ from transformers.training_args import OptimizerNames, ParallelMode
 
 from . import int8
 from .arguments import config_from_args
-from .checkpoint import config_in_effect
 from .config import LAYERWISE, FiraConfig
 from .factory import OF_LAYERS, build_optimizer
 from .layerwise import StepInBackward, hooks_of, step_in_backward
@@ -120,7 +119,6 @@ def _follow_loading() -> None:
             return original(trainer, checkpoint)
         # Whether it loads, and from which files, differs between versions and kinds of sharding: so it is watched.
         loaded: list[FiraAdamW] = []
-        before = [dict(group) for group in optimizer.param_groups]
         watch = optimizer.register_load_state_dict_post_hook(loaded.append)  # type: ignore[arg-type]
         try:
             original(trainer, checkpoint)
@@ -132,8 +130,6 @@ def _follow_loading() -> None:
             raise ValueError(_other_settings(checkpoint, optimizer.config)) from error
         finally:
             watch.remove()
-        if loaded and optimizer.config is not None:
-            optimizer.config = config_in_effect(optimizer.config, before, optimizer.param_groups)
         if not loaded and trainer.is_world_process_zero():
             logger.warning(
                 "%s lacks what the Trainer needs to load the optimizer (optimizer.pt and scheduler.pt, or what FSDP "

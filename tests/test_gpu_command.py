@@ -15,7 +15,7 @@ import torch
 
 import forks
 from fira_hf import FiraAdamW, functional
-from recipes.benchmarks import gpu, kernels, tune
+from recipes.benchmarks import gpu, kernels
 from recipes.benchmarks.models import pretended
 from recipes.benchmarks.optimizers import BUILDERS
 
@@ -253,68 +253,6 @@ def test_a_wrong_kernel_is_seen(tmp_path, monkeypatch):
         == found["dense_adamw"]
     )
     assert any("wrong" in line for line in gpu.summary("kernels", found))
-
-
-class Recorded:
-    """A kernel of which the launches are kept."""
-
-    arg_names = ("table", "Q", "R", "norms", "long", "short", "rank")
-
-    def __init__(self):
-        self.launches = []
-
-    def __getitem__(self, grid):
-        def launch(*sizes, **keywords):
-            if keywords["num_stages"] == 4:
-                raise MemoryError("out of resource: shared memory")
-            self.launches.append((grid, keywords))
-
-        return launch
-
-
-def test_other_block_sizes_are_tried_with_the_grid_that_goes_with_them():
-    recorded, one = Recorded(), tune.KERNELS[0]
-    module = SimpleNamespace(_project_kernel=recorded)
-
-    def project(grads, bases):
-        settings = {"BLOCK_L": 64, "BLOCK_S": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
-        module._project_kernel[2, 2, 2](None, None, None, None, 100, 40, 24, **settings)
-
-    module.project = project
-    found = tune.run(module, one, (100, 40, 24, 2), False, "cpu", 60.0)
-    assert module._project_kernel is recorded
-    assert found["set_now"] == {"BLOCK_L": 64, "BLOCK_S": 32, "num_warps": 4, "num_stages": 2}
-    tried = [tuple(row["settings"].values()) for row in found["tried"]]
-    assert len(set(tried)) == len(tried) == 36 and found["left_out"] == 0
-    assert sum("shared memory" in row.get("error", "") for row in found["tried"]) == 12
-    assert {(grid, one["BLOCK_L"]) for grid, one in recorded.launches} == {
-        ((2, 2, 2), 64),
-        ((2, 1, 2), 128),
-    }
-    assert {one["BLOCK_S"] for _, one in recorded.launches} == {32, 64, 128}
-    lines = gpu.summary("tune", {"project": {"status": "ok", **found}})
-    assert "as set, BLOCK_L=64" in lines[0] and len(lines) == 4
-
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton")
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter, for which TRITON_INTERPRET=1 is set")
-@pytest.mark.parametrize("one", tune.KERNELS, ids=lambda one: one.function)
-def test_every_kernel_can_be_launched_with_other_settings(one, monkeypatch):
-    from fira_hf import kernels as ours
-
-    assert tune.run(ours, one, tune.TINY["tiny"], True, "cpu", 0.0)["milliseconds"] > 0
-    launcher = tune.Launcher(getattr(ours, one.kernel), one.axes)
-    launcher.settings = {"BLOCK_L": 16}
-    if "BLOCK_S" in one.values:
-        launcher.settings |= {"BLOCK_S": 16}
-    monkeypatch.setattr(ours, one.kernel, launcher)
-    for check, (name, function) in kernels.CHECKS.items():
-        if name == one.function and check != "rounding at random":
-            found = function(ours, CASE, "cpu").found
-            assert all(row["worst"] <= 1 for row in found.values()), (check, found)
-    assert launcher.settings.items() <= launcher.used.items()
 
 
 def test_what_takes_the_accelerators_branch_is_stepped():

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from torch import Tensor
 
 import fira_hf.optimizer
 from fira_hf import PUBLISHED, FiraAdamW
@@ -469,3 +470,108 @@ def test_products_stay_in_fp32_until_the_last_thread_has_left():
         assert of_products.fp32_precision == "tf32"
     finally:
         of_products.fp32_precision = before
+
+
+def _set_state(name, change):
+    def edit(optimizer, p):
+        optimizer.state[p][name] = change(optimizer.state[p][name])
+
+    return edit
+
+
+def _set_data_of_state(name, change):
+    def edit(optimizer, p):
+        optimizer.state[p][name].data = change(optimizer.state[p][name].data)
+
+    return edit
+
+
+def _set_weight(change):
+    def edit(optimizer, p):
+        p.grad, p.data = None, change(p.data)
+        p.grad = torch.ones_like(p, memory_format=torch.contiguous_format)
+
+    return edit
+
+
+def _set_gradient(change):
+    def edit(optimizer, p):
+        p.grad.data = change(p.grad.data)
+
+    return edit
+
+
+def _set_group(**settings):
+    return lambda optimizer, p: optimizer.param_groups[0].update(settings)
+
+
+def _into_sparse(optimizer, p):
+    p.grad = p.grad.to_sparse()
+
+
+def _without_exp_avg(optimizer, p):
+    del optimizer.state[p]["exp_avg"]
+
+
+def _plain_state(optimizer, p):
+    optimizer.state[p] = dict(optimizer.state[p])
+
+
+def _into_other_group(optimizer, p):
+    optimizer.param_groups[0]["params"].remove(p)
+    optimizer.param_groups[1]["params"].append(p)
+
+
+OF_ALL = {
+    "moment of another dtype": (_set_state("exp_avg", Tensor.bfloat16), "exp_avg .* in torch.bfloat16"),
+    "data of a moment of another dtype": (_set_data_of_state("exp_avg", Tensor.bfloat16), "exp_avg .* torch.bfloat16"),
+    "count of another dtype": (_set_data_of_state("step", Tensor.double), "step .* in torch.float64"),
+    "moment of another shape": (_set_state("exp_avg", lambda x: x[1:]), "state of a weight of another shape"),
+    "data of a moment of another shape": (_set_data_of_state("exp_avg", lambda x: x[1:]), "of another shape"),
+    "moment elsewhere": (_set_state("exp_avg", lambda x: x.to("meta")), "exp_avg .* on meta"),
+    "moment missing": (_without_exp_avg, "without exp_avg"),
+    "weight of another dtype": (_set_weight(Tensor.double), "of dtype torch.float64"),
+    "weight of another shape": (_set_weight(lambda x: x[1:].clone()), "of a weight of another shape"),
+    "expanded weight": (_set_weight(lambda x: x[:1].expand(x.shape)), "is expanded"),
+    "gradient of another dtype": (_set_gradient(Tensor.double), "gradient of another kind"),
+    "gradient of another shape": (_set_gradient(lambda x: x[1:]), "gradient of another shape"),
+    "sparse gradient": (_into_sparse, "sparse"),
+}
+OF_PROJECTED = {
+    "flat weight": (_set_weight(Tensor.flatten), "cannot project flattened"),
+    "split": (_set_group(split=2), "made with split=1"),
+    "rank": (_set_group(rank=3), "made with rank=2"),
+    "state_dtype": (_set_group(state_dtype="bfloat16"), "made with state_dtype='float32'"),
+    "setting that is not valid": (_set_group(gamma=-1.0), "gamma"),
+    "state that is none of ours": (_plain_state, "loaded past load_state_dict"),
+    "other group": (_into_other_group, "of another shape"),
+}
+
+
+@pytest.mark.parametrize(
+    ("index", "edit"), [(i, name) for i in (0, 1) for name in OF_ALL] + [(0, name) for name in OF_PROJECTED]
+)
+def test_what_has_passed_is_checked_again_when_it_changes(index, edit, monkeypatch):
+    """As by an optimizer that has seen nothing; and not in between, which would take the host's time."""
+    weights = weight((12, 8)), weight((8,))
+    groups = [{"params": [weights[0]], **PUBLISHED, "rank": 2}, {"params": [weights[1]]}]
+    optimizer, checked = FiraAdamW(groups, lr=1e-2), []
+    misfit = fira_hf.optimizer.misfit
+    monkeypatch.setattr(fira_hf.optimizer, "misfit", lambda p: checked.append(p) or misfit(p))
+    for calls in (2, 4, 4, 4):  # the first step makes the state, which the second looks at
+        for p in weights:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert len(checked) == calls
+    change, message = (OF_ALL | OF_PROJECTED)[edit]
+    change(optimizer, weights[index])
+    before = [p.detach().clone() for p in weights]
+    said = []
+    for _ in range(3):  # what has failed has not passed
+        with pytest.raises((RuntimeError, ValueError), match=message) as error:
+            optimizer.step()
+        said.append((error.type, str(error.value)))
+        if len(said) == 2:
+            optimizer._passed, optimizer._checked = {}, {}
+    assert len(set(said)) == 1
+    assert all(map(torch.equal, weights, before))

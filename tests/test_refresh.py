@@ -5,8 +5,11 @@ import warnings
 import pytest
 import torch
 
-import fira_hf
+import fira_hf.matrices
+import fira_hf.refresh
 from fira_hf import PUBLISHED, FiraAdamW, base_optimizers
+from fira_hf import functional as F
+from recipes.benchmarks.models import Pretended
 from reference import assert_resumes, gradients, weight
 
 SHAPES = [(96, 80), (80, 96), (80, 80), (96, 80), (96, 72), (40, 100)]
@@ -190,3 +193,52 @@ def test_a_random_first_basis_knows_nothing_of_the_gradient(refresh):
     p.grad = torch.outer(torch.arange(64.0), torch.arange(48.0))
     optimizer.step()
     assert optimizer.pop_statistics()["captured_energy"] < 0.6  # of the one direction that there is
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"moments": "kept"},
+        {"base_optimizer": "lion"},
+        {"base_optimizer": "adafactor"},
+        {"state_dtype": "bfloat16", "stochastic_rounding": True},
+        {"state_dtype": "int8"},
+        {"state_dtype": "int8", "base_optimizer": "adafactor"},
+    ],
+    ids=str,
+)
+def test_bases_that_change_together_are_those_of_matrices_one_by_one(settings, monkeypatch):
+    """By the torch code for accelerators. At the second refresh one matrix has no gradient and one of NaN: these keep
+    what they have."""
+    shapes = [(40, 24)] * 4 + [(24, 40)]
+    monkeypatch.setattr(fira_hf.matrices, "_operations", lambda device: F)
+    change, sizes, results = fira_hf.refresh._change_bases, [], []
+    monkeypatch.setattr(
+        fira_hf.refresh, "_change_bases", lambda batch, *more: sizes.append(len(batch)) or change(batch, *more)
+    )
+    settings = {"moments": "rotated", "projection": "power"} | settings
+    for together in (True, False):
+        if not together:
+            monkeypatch.setattr(fira_hf.matrices, "BATCH_ELSEWHERE", 1)
+        sizes.clear()
+        weights = [Pretended(weight(shape, seed=i).detach()) for i, shape in enumerate(shapes)]
+        optimizer = optimizer_of(weights, gap=3, **settings)
+        for t in range(8):
+            for i, (p, gradient) in enumerate(zip(weights, noise(t, shapes), strict=True)):
+                p.grad = {(6, 1): 0.0, (6, 2): torch.nan}.get((t, i), 1.0) * gradient
+            kept = [{name: x.clone() for name, x in optimizer.state[p].items() if torch.is_tensor(x)} for p in weights]
+            optimizer.step()
+            if t == 6:
+                for p, before in zip(weights[1:3], kept[1:3], strict=True):
+                    assert all(torch.equal(optimizer.state[p][name], x) for name, x in before.items())
+        assert sizes == ([4, 1] if together else [1] * 5) * 2
+        results.append([{"weight": p.detach(), **optimizer.state[p]} for p in weights])
+    for one, other in zip(*results, strict=True):
+        for name, x in one.items():
+            if torch.is_tensor(x) and x.is_floating_point():
+                torch.testing.assert_close(torch.Tensor(x), torch.Tensor(other[name]), rtol=1e-3, atol=1e-5)
+            elif torch.is_tensor(x):  # a value between two codes may become the other one
+                assert (x != other[name]).float().mean() < 0.01, name
+            else:
+                assert x == other[name], name

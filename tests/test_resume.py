@@ -190,6 +190,14 @@ def test_the_config_of_a_resumed_run_is_what_it_trains_with(tmp_path, first, sec
         assert [group[name] for name in ADAM] == [other[name] for name in ADAM]
 
 
+def test_the_config_of_an_optimizer_that_loads_is_what_it_trains_with():
+    """In a loop of one's own."""
+    saved = get_fira_optimizer(build("fp32"), FiraConfig(rank=4, lr=1e-3, weight_decay=0.1))
+    other = get_fira_optimizer(build("fp32"), FiraConfig(rank=4, lr=3e-4, betas=(0.8, 0.99)))
+    other.load_state_dict(saved.state_dict())
+    assert other.config == saved.config
+
+
 # --------------------------------------------------------------------------- checkpoints of another setting
 
 

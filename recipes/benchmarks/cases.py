@@ -17,6 +17,8 @@ PRODUCT = {torch.bfloat16: 2.0**-12, torch.float16: 2.0**-15, torch.float32: 2.0
 OF_UPDATE = PRODUCT | {torch.bfloat16: 2.0**-7 + 2.0**-12}
 FP32 = 2.0**-20  # of what is computed in fp32, element by element
 NORM = 2.0**-18  # of a norm, relative
+SCALE = 2.0**-16  # of what is made of several norms, relative
+BETA2_ROUNDED = 2.0**-25  # of 1 - b2 where b2 is rounded to fp32 first; its share of V is as much of g^2
 BETAS, EPS = (0.9, 0.999), 1e-6
 COUNT, OFF = 3, 1  # matrices of a call, and which is not active
 STANDARD_ERRORS = 5  # by which a mean may be off: one of a million is further
@@ -129,6 +131,11 @@ class Errors:
 def roundoff(dtype: torch.dtype, at_random: bool = False) -> float:
     """The relative error of one rounding; at random to either neighbour it is twice as large."""
     return torch.finfo(dtype).eps * (1.0 if at_random else 0.5)
+
+
+def row_counts(case: Case) -> tuple[int, ...]:
+    """Of the norms of rows: one, as many as the case has, and more than a program takes at once, which is 4096."""
+    return 1, case.shape[0], 2 * 4096 + case.shape[0]
 
 
 def on() -> list[int]:

@@ -10,7 +10,6 @@ Parts, in this order; the first three end within eight minutes:
     trainer   tokens per second of the Trainer on LLaMA-60M and 1B
     step-7b   the step of LLaMA-7B
     memory    the peak of a training step of LLaMA-7B, beside the predicted one; with int8 weights in 12 GiB, no more
-    tune      the time of each kernel with other block sizes
 
 Each part is a process of its own, since an error in a kernel ends a process's use of the GPU, and writes its file in
 the folder after every measurement. The same command continues: what this commit has measured on this device is kept.
@@ -38,7 +37,7 @@ import torch
 from recipes import errors, files
 from recipes.benchmarks.gpu_table import GIB, summary
 
-LIMITS = {"kernels": 170, "step": 160, "trainer": 130, "step-7b": 240, "memory": 180, "tune": 420}  # seconds
+LIMITS = {"kernels": 170, "step": 160, "trainer": 130, "step-7b": 240, "memory": 180}  # seconds
 RANKS = {"tiny": 16, "60m": 128, "1b": 256, "7b": 128}
 PEERS = ["apollo-torch", "galore-torch", "fira", "pytorch-optimizer", "fira_hf, published"]  # all but one by SVD
 OURS = ["floor", "adamw", "muon", "fira_hf-dense", "fira_hf, together", "fira_hf"]
@@ -278,35 +277,12 @@ def _memory(
     return {**row, "rank": told.rank, "predicted_bytes": predicted, "measured_bytes": measured}
 
 
-def tune_part(options: argparse.Namespace) -> dict[str, Cell]:
-    from recipes.benchmarks import tune
-
-    shapes = tune.TINY if options.tiny else tune.SHAPES
-    work = [(one, size, wide) for one in tune.KERNELS for size in shapes for wide in (False, True)]
-    work = [item for item in work if not item[2] or item[0].function in ("project", "apply_updates")]
-    end = time.perf_counter() + 0.85 * LIMITS["tune"]
-
-    def cell(place: int) -> dict[str, Any]:
-        one, size, wide = work[place]
-        kernels = _kernels(options.device)
-        if not hasattr(kernels, one.kernel):
-            raise Skipped(f"fira_hf.kernels has no {one.kernel}")
-        seconds = 0.0 if options.tiny else (end - time.perf_counter()) / (len(work) - place)
-        return tune.run(kernels, one, shapes[size], wide, options.device, seconds)
-
-    return {
-        f"{one.function}, {size}{', wide' * wide}": functools.partial(cell, place)
-        for place, (one, size, wide) in enumerate(work)
-    }
-
-
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Cell]]] = {
     "kernels": kernels_part,
     "step": step_part,
     "trainer": trainer_part,
     "step-7b": step_7b_part,
     "memory": memory_part,
-    "tune": tune_part,
 }
 
 

@@ -29,10 +29,6 @@ def summary(part: str, cells: dict[str, dict[str, Any]]) -> list[str]:
         elif "measured_bytes" in row:
             sizes = (row["measured_bytes"] / GIB, row["predicted_bytes"] / GIB)
             lines.append(f"{title}: {sizes[0]:.4g} GiB at the peak, {sizes[1]:.4g} predicted")
-        elif "tried" in row:
-            tried = [one for one in row["tried"] if "milliseconds" in one]
-            lines.append(f"{title}: {row['milliseconds']:.4f} ms as set, {_words(row['set_now'])}; {len(tried)} tried")
-            lines += [f"    {one['milliseconds']:.4f} ms: {_words(one['settings'])}" for one in tried[:3]]
         elif "launches" in row:
             told = row.get("reason")
             if told is None:
@@ -47,10 +43,6 @@ def summary(part: str, cells: dict[str, dict[str, Any]]) -> list[str]:
         else:
             lines += [f"{title}, {row['layers']} layers, ms", *_step_lines(row["milliseconds"])]
     return lines
-
-
-def _words(settings: dict[str, int]) -> str:
-    return " ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def _step_lines(found: dict[str, dict[str, Any]]) -> list[str]:

@@ -21,6 +21,7 @@ from fira_hf import functional, int8
 from recipes import errors
 from recipes.benchmarks import moments
 from recipes.benchmarks.cases import (
+    BETA2_ROUNDED,
     BETAS,
     COUNT,
     EPS,
@@ -30,12 +31,14 @@ from recipes.benchmarks.cases import (
     OF_UPDATE,
     OFF,
     PRODUCT,
+    SCALE,
     STANDARD_ERRORS,
     Case,
     Errors,
     Inputs,
     on,
     roundoff,
+    row_counts,
 )
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -171,16 +174,83 @@ def check_dense_adamw(ops: Any, case: Case, device: str) -> Errors:
             for i in range(0 if finite else COUNT):
                 found.same("not finite", new[i], old[i])
     u, of_moments = roundoff(case.dtype, of_weights[0] is not None), roundoff(case.state, of_state[0] is not None)
+    # Of what is fp32 throughout, or does not lie alike, torch's own kernel makes the step, which rounds 1 - b2.
+    is_fp32 = case.dtype == case.state == torch.float32
+    of_b2 = BETA2_ROUNDED if ops is functional or is_fp32 or case.layout == "strided" else 0.0
     for i in range(COUNT):
         W, m, v = (of[i].double() for of in before)
         g, t = grads[i].double(), made[i] + 1
         parts = b1 * m.abs() + (1 - b1) * g.abs()
         m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g.square()
         found.add("M", M[i], m, of_moments * m.abs() + FP32 * parts)
-        found.add("V", V[i], v, (of_moments + FP32) * v)
+        found.add("V", V[i], v, (of_moments + FP32) * v + of_b2 * g.square())
         over = lr / (1 - b1**t) / ((v / (1 - b2**t)).sqrt() + EPS)
         exact = (1 - lr * decay) * W - over * m
         found.add("W", weights[i], exact, u * exact.abs() + 8 * FP32 * (W.abs() + over * parts))
+    return found
+
+
+def check_advance(ops: Any, case: Case, device: str) -> Errors:
+    """Which gradients are usable, the counts of updates and their size; of one row, and of more than a program takes
+    at once. Of norms of two matrices the last ones count."""
+    inputs, found = Inputs(case, device), Errors()
+    # The square of 1e30, below, is not finite in fp32, and that of 1e-12 not zero.
+    sizes = torch.tensor([1.0, torch.nan, 1.0, 0.0, torch.inf, 1.0, 1e-12, 1.0], device=device)
+    usable = torch.tensor([True, False, True, False, False, False, True, True], device=device)
+    made = (0.0, 3.0, 7.0, 0.0, 7.0, 1000.0, 1.0, 1e6)  # updates before this one
+    ways = ((0.9, 0.999), (0.0, 0.95), (0.5, 0.0), None)
+    for rows, width, betas in itertools.product(row_counts(case), (1, 2), ways):
+        norms = sizes.view(-1, 1, 1) * (0.1 + inputs.random(len(sizes), rows, 1).abs())
+        norms[1, :-1] = 1.0  # of all rows the last alone is NaN
+        norms[5] = 1e30 if rows > 1 else torch.inf  # of one number torch makes no square
+        given = norms if width == 1 else torch.cat([torch.full_like(norms, torch.nan), norms], dim=2)
+        steps = [torch.tensor(t, device=device) for t in made]
+        counts = [step.double() for step in steps]
+        active, eta = ops.advance(given, steps, 0.01, betas)
+        _, exact = functional.advance(torch.where(usable.view(-1, 1, 1), norms.double(), 0.0), counts, 0.01, betas)
+        found.same("active", active, usable)
+        found.same("steps", torch.stack(steps).double(), torch.tensor(made, device=device).double() + usable)
+        found.add("eta", eta, exact, SCALE * exact)
+    return found
+
+
+def check_scales(ops: Any, case: Case, device: str) -> Errors:
+    """With a history that limits and one that does not, with none, with a negligible residual, and of matrices that
+    are not active, whose gradients are not finite or zero."""
+    inputs, found = Inputs(case, device), Errors()
+    active = torch.tensor([True, False, True, True, False, True], device=device)
+    eta = (0.01 * torch.arange(1.0, len(active) + 1, device=device) * active).view(-1, 1, 1)
+    limiters = (("growth", 1.01), ("shrink", 0.6), ("scale", 0.6), ("growth", None))
+    parts = ((1.0, 0.25), (0.25, 1.0), (0.0, 1.0))  # (s, k)
+    ways = list(itertools.product(("column", "matrix", "none"), limiters))
+    # Of parts the next one in turn, so that each meets each way to scale and each limiter.
+    for rows, (turn, (scaling, (limiter, gamma))) in itertools.product(row_counts(case), enumerate(ways)):
+        s, k = parts[turn % len(parts)]
+        G, N = (0.1 + inputs.random(len(active), rows, 1).abs() for _ in range(2))
+        R = G * (0.3 + 0.4 * torch.rand(G.shape, generator=inputs.generator, device=device))
+        R[0, 0], N[0, 0] = 1e-8, 1e-8  # where the epsilon counts
+        R[3] = G[3]  # at k = 1 nothing is left
+        G[1].fill_(torch.nan)[::2] = torch.inf
+        G[4] = 0.0
+        R[~active], N[~active] = 0.0, 0.0  # as `direction` gives them
+        # Beside the norm of so many rows.
+        before = rows**0.5 * torch.tensor([0.01, 3.0, torch.inf, 0.5, 2.0, 100.0], device=device)
+        histories = list(before.clone().unbind())
+        kept = [x.double() for x in histories]
+        settings = functional.Scales(0.25, s, k, scaling, gamma, limiter, functional.NEGLIGIBLE)
+        got = ops.scales(G, R, N, eta, histories, settings, active)
+        exact = functional.scales(*(x.double() for x in (G, R, N, eta)), kept, settings, active)
+        found.same("not active", torch.stack(histories)[~active], before[~active])
+        outputs = zip(("history", "a", "B", "residual", "c"), (histories, *got), (kept, *exact), strict=True)
+        for name, value, right in outputs:
+            if name == "history":
+                value, right = torch.stack(value), torch.stack(right)
+            if name in ("residual", "c"):  # of what is not active nobody reads these, which are for statistics
+                value, right = value[active], right[active]
+            for what in (torch.isnan, torch.isinf):
+                found.same(f"{name}: {what.__name__}", what(value), what(right))
+            finite = torch.isfinite(right)
+            found.add(name, value[finite], right[finite], SCALE * right[finite].abs())
     return found
 
 
@@ -275,6 +345,8 @@ CHECKS: dict[str, tuple[str, Callable[[Any, Case, str], Errors]]] = {  # check -
     ),
     "transposed_products": ("transposed_products", check_transposed_products),
     "dense_adamw": ("dense_adamw", check_dense_adamw),
+    "advance": ("advance", check_advance),
+    "scales": ("scales", check_scales),
     "apply_updates": ("apply_updates", functools.partial(check_apply_updates, True, True, False)),
     "apply_updates, without R": ("apply_updates", functools.partial(check_apply_updates, False, True, False)),
     "apply_updates, columns": ("apply_updates", functools.partial(check_apply_updates, True, True, True)),
@@ -292,6 +364,8 @@ def run(check: str, kernels: Any, axes: tuple[tuple[Any, ...], ...], device: str
     every = list(cases(axes))
     if check.startswith("rounding at random"):
         every = [Case(torch.bfloat16, shape, axes[2][0], "tall", torch.bfloat16) for shape in axes[1]]
+    if name in ("advance", "scales"):  # of row norms alone, which are fp32
+        every = [Case(torch.float32, shape, axes[2][0], "tall") for shape in axes[1]]
     start, rows, wrong = time.perf_counter(), {}, []
     for case in every:
         if time.perf_counter() - start > seconds:
