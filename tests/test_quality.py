@@ -74,7 +74,7 @@ def test_every_method_trains_and_keeps_the_state_that_is_told_of_it(name, data):
     }
     low_rank |= dict.fromkeys([n for n in METHODS if n.startswith("fira-hf")], low_rank["fira-hf"])
     low_rank["frugal-small"] = low_rank["frugal"]
-    del low_rank["fira-hf-int8"]  # bytes; below
+    del low_rank["fira-hf-half-int8"]  # bytes; below
     if name in low_rank:
         assert found["state_bytes"] == 4 * low_rank[name]
     expected = {
@@ -93,7 +93,7 @@ def test_every_method_trains_and_keeps_the_state_that_is_told_of_it(name, data):
     expected["subspace-muon"] = (18 * groups + 7 * (2 * 32 * r + 8)) / elements
     expected |= {name: (size * groups + 7 * 8) / elements for name, size in (("muon-4bit", 18), ("muon-8bit", 34))}
     # Codes, and a scale (bf16) for each row of a basis and of both moments; and two numbers.
-    expected["fira-hf-int8"] = sum((32 + 2 * long) * (r + 2) + 8 for long in shapes) / elements
+    expected["fira-hf-half-int8"] = sum((32 + 2 * long) * (r + 2) + 8 for long in shapes) / elements
     if name in expected:
         assert found["bytes_a_weight"] == pytest.approx(expected[name], abs=2e-3)
     assert name in low_rank or name in expected
