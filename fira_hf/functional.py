@@ -259,9 +259,13 @@ def advance(
     """
     active = are_usable(norms[..., -1:], add)
     torch._foreach_add_(steps, [*active.float()])
+    return active, torch.where(active.view(-1, 1, 1), step_sizes(steps, lr, betas), 0.0)
+
+
+def step_sizes(steps: list[Tensor], lr: float, betas: tuple[float, float] | None) -> Tensor:
+    """eta at these updates, (B, 1, 1)."""
     t = torch.stack(steps).view(-1, 1, 1)
-    eta = torch.full_like(t, lr) if betas is None else step_size(lr, betas, t)
-    return active, torch.where(active.view(-1, 1, 1), eta, 0.0)
+    return torch.full_like(t, lr) if betas is None else step_size(lr, betas, t)
 
 
 @dataclass(frozen=True)

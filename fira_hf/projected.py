@@ -56,10 +56,12 @@ def step_projected(matrices: list[Matrix], group: dict[str, Any], watch: Watch =
     if group["adjust_lr"] == "match_rms_adamw":
         lr = lr * base_optimizers.rms_scale(base, long, short, R.shape[2])
     steps, betas = [matrix["step"] for matrix in matrices], group["betas"] if is_corrected else None
-    active: Tensor | None
-    active, eta = ops.advance(norms, steps, lr, betas, add)
+    active: Tensor | None = None
     if is_watched_by_host:
-        active = None
+        torch._foreach_add_(steps, 1.0)
+        eta = F.step_sizes(steps, lr, betas)
+    else:
+        active, eta = ops.advance(norms, steps, lr, betas, add)
     histories, settings = [matrix["residual_norm"] for matrix in matrices], _scales(group, matrices[0].state)
     if wholes:
         if active is not None:

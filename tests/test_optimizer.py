@@ -488,8 +488,7 @@ def _set_data_of_state(name, change):
 
 def _set_weight(change):
     def edit(optimizer, p):
-        p.grad, p.data = None, change(p.data)
-        p.grad = torch.ones_like(p, memory_format=torch.contiguous_format)
+        p.data = change(p.data)  # the gradient stays
 
     return edit
 
@@ -531,7 +530,7 @@ OF_ALL = {
     "moment elsewhere": (_set_state("exp_avg", lambda x: x.to("meta")), "exp_avg .* on meta"),
     "moment missing": (_without_exp_avg, "without exp_avg"),
     "weight of another dtype": (_set_weight(Tensor.double), "of dtype torch.float64"),
-    "weight of another shape": (_set_weight(lambda x: x[1:].clone()), "of a weight of another shape"),
+    "weight of another shape": (_set_weight(lambda x: x[1:].clone()), "gradient of another shape"),
     "expanded weight": (_set_weight(lambda x: x[:1].expand(x.shape)), "is expanded"),
     "gradient of another dtype": (_set_gradient(Tensor.double), "gradient of another kind"),
     "gradient of another shape": (_set_gradient(lambda x: x[1:]), "gradient of another shape"),

@@ -229,7 +229,7 @@ def check_scales(ops: Any, case: Case, device: str) -> Errors:
         G, N = (0.1 + inputs.random(len(active), rows, 1).abs() for _ in range(2))
         R = G * (0.3 + 0.4 * torch.rand(G.shape, generator=inputs.generator, device=device))
         R[0, 0], N[0, 0] = 1e-8, 1e-8  # where the epsilon counts
-        R[3] = G[3]  # at k = 1 nothing is left
+        R[3] = (1 - 2.0**-23) * G[3]  # at k = 1 less than a thousandth is left
         G[1].fill_(torch.nan)[::2] = torch.inf
         G[4] = 0.0
         R[~active], N[~active] = 0.0, 0.0  # as `direction` gives them
