@@ -113,12 +113,14 @@ def _log_differences(saved_groups: list[dict[str, Any]], param_groups: list[dict
 def config_in_effect(config: FiraConfig, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> FiraConfig:
     """The config with Adam's settings as a checkpoint has set them in the groups, which were as `before`.
 
-    The first group that had the config's value tells; one with a value of its own says nothing of the others.
+    The first group that had the config's value tells; one with a value of its own says nothing of the others, nor does
+    a momentum that a schedule moves up and down.
     """
     pairs = list(zip(before, now, strict=True))
 
     def told(name: str, value: Any, groups: list[Any], otherwise: Any) -> Any:
-        return next((_begun_with(new, name) for old, new in groups if _begun_with(old, name) == value), otherwise)
+        told_by = (pair for pair in groups if name != "betas" or "max_momentum" not in pair[0])
+        return next((_begun_with(new, name) for old, new in told_by if _begun_with(old, name) == value), otherwise)
 
     own = {name: getattr(config, name) for name in ("betas", "eps", "weight_decay")}
     lr = told("lr", config.lr, [pair for pair in pairs if "rank" in pair[0]], config.lr)

@@ -127,7 +127,7 @@ class Matrix:
             vars(self.state).update(vars(new))
         self.refresh_in = 0
         if Q is not None:
-            self.write("basis", Q)
+            write([self], "basis", Q[None])
 
     def forget(self, group: dict[str, Any]) -> None:
         """See `State.forget`, of this one."""
@@ -141,11 +141,6 @@ class Matrix:
     def read(self, name: str) -> Tensor:
         """A tensor of the state as it is kept, or a copy in fp32 of one that is kept as codes."""
         return read([self], name)[0]
-
-    def write(self, name: str, value: Tensor, active: Tensor | None = None, seed: int | None = None) -> None:
-        """See `write`, of one matrix; `active`: 0-dim bool."""
-        on = None if active is None else active.view(1)
-        write([self], name, value[None], on, None if seed is None else [seed])
 
     def __getitem__(self, name: str) -> Any:
         value = local(self.state[name])
@@ -184,12 +179,10 @@ def write(
 ) -> None:
     """Stores fp32 values, (B, ...), which may be changed, rounded at random where there are seeds, one for each.
 
-    `active`: (B,) bool on the device; where it is False everything stays.
+    `active`: (B,) bool on the device; where it is False codes stay. Of what is kept as it is, see `chosen`.
     """
     stored = [matrix[name] for matrix in matrices]
     if not is_coded(matrices[0].state, name):
-        if active is not None:
-            values = torch.where(active.view(-1, *[1] * (values.ndim - 1)), values, torch.stack(stored))
         if seeds is None:
             torch._foreach_copy_(stored, list(values))
             return
@@ -204,6 +197,13 @@ def write(
         coded = encode(value[None], CODES[name], seeds and seeds[i : i + 1])
         for old, (new,) in zip((stored[i], scales[i]), coded, strict=True):
             old.copy_(new if active is None else torch.where(active[i], new, old))
+
+
+def chosen(matrices: Sequence[Matrix], name: str, values: Tensor, active: Tensor | None) -> Tensor:
+    """What `write` stores where `active` is False, too: what is there. Codes it leaves by itself."""
+    if active is None or is_coded(matrices[0].state, name):
+        return values
+    return torch.where(active.view(-1, 1, 1), values, torch.stack(read(matrices, name)))
 
 
 def update_moments(

@@ -359,13 +359,13 @@ class FiraAdamW(torch.optim.Optimizer):
                 for name, value in before.items():
                     group.setdefault(name, value)  # AdamW does not save all of them
                 group["betas"] = tuple(group["betas"])
-            if self.config is not None:
-                self.config = config_in_effect(self.config, own, self.param_groups)
             first = first_states(self.param_groups)
             groups = [group for group in self.param_groups for _ in group["params"]]
             for (index, p), group in zip(pairs(loaded, self.param_groups), groups, strict=True):
                 if saved := loaded["state"].get(index):
                     self.state[p] = loaded_state(p, {**first[p], **saved}, group)
+            if self.config is not None:
+                self.config = config_in_effect(self.config, own, self.param_groups)
 
         # The last hook before and the first one after, around what torch does.
         hooks = [

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from . import base_optimizers
 from . import functional as F
 from .distributed import broadcast, is_own, owners
-from .matrices import Matrix, batches, operations, operations_of_moments, read, write
+from .matrices import Matrix, batches, chosen, operations, operations_of_moments, read, write
 from .state import OF_REFRESH, has_basis, is_whole, low_rank_moments, rounds_state, seed_of
 from .subspace import find_bases, refine
 
@@ -180,7 +180,10 @@ def _take(matrix: Matrix, Q: Tensor | None, wait: int, group: dict[str, Any]) ->
 
 def _change_bases(matrices: list[Matrix], Q: Tensor, good: Tensor | None, group: dict[str, Any]) -> None:
     """New bases, (B, short, r), of matrices of one shape. `good`: (B,) bool on the device; where it is False,
-    everything stays as it is. None: all are."""
+    everything stays as it is. None: all are.
+
+    All is made before anything is written, so that where memory runs out no state is half a new one."""
+    new, seeds = {}, {}
     if group["moments"] == "rotated" and not is_whole(group):  # a whole moment is in no basis
         before = torch.stack(read(matrices, "basis")).float()
         steps = torch.stack([matrix["step"] for matrix in matrices]).view(-1, 1, 1)
@@ -188,7 +191,10 @@ def _change_bases(matrices: list[Matrix], Q: Tensor, good: Tensor | None, group:
         names = low_rank_moments(group)
         moments = [torch.stack(read(matrices, name)).float() for name in names]
         base_optimizers.rotate_moments(group["base_optimizer"], moments, before.mT @ Q, b2 / b1.square())
-        for use, (name, moment) in enumerate(zip(names, moments, strict=True)):
-            seeds = [matrix.rounding_seed(use + OF_REFRESH) for matrix in matrices] if rounds_state(group) else None
-            write(matrices, name, moment, good, seeds)
-    write(matrices, "basis", Q, good)
+        new = dict(zip(names, moments, strict=True))
+        for use, name in enumerate(names if rounds_state(group) else ()):
+            seeds[name] = [matrix.rounding_seed(use + OF_REFRESH) for matrix in matrices]
+    new["basis"] = Q
+    new = {name: chosen(matrices, name, values, good) for name, values in new.items()}
+    for name, values in new.items():
+        write(matrices, name, values, good, seeds.get(name))

@@ -104,12 +104,11 @@ def register() -> None:
 
     Trainer.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)  # type: ignore
     Trainer.train = train  # type: ignore
-    _follow_loading()
+    _tell_of_lost_states()
 
 
-def _follow_loading() -> None:
-    """Has the Trainer say when it resumes without the optimizer's state, which it does without a word, and keeps the
-    optimizer's config true where a checkpoint has replaced settings of it."""
+def _tell_of_lost_states() -> None:
+    """Has the Trainer say when it resumes without the optimizer's state, which it does without a word."""
     original = Trainer._load_optimizer_and_scheduler
 
     @functools.wraps(original)
