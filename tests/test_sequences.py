@@ -18,7 +18,7 @@ from conftest import ROOT
 from fira_hf import FiraAdamW
 from recipes.benchmarks.models import Pretended
 
-SEQUENCES, LENGTH = 200, 14
+SEQUENCES, LENGTH = 80, 14
 SETTINGS = [
     {},
     {"base_optimizer": "lion"},

@@ -256,7 +256,13 @@ def cost_table(content: dict[str, Any]) -> str:
 
 
 def gpu_table(content: dict[str, Any]) -> str:
-    """Of a step.json that `recipes.benchmarks.gpu` wrote: what was measured, of fused AdamW beside it."""
+    """Of what `recipes.benchmarks.gpu` wrote: the checks of the kernels, or steps beside those of fused AdamW."""
+    if "checks" in content:
+        checks = [
+            [name, str(found["right"]), str(len(found["wrong"])), str(found["not_reached"])]
+            for name, found in content["checks"].items()
+        ]
+        return markdown(["kernel", "cases right", "wrong", "not reached in time"], checks)
     steps, launches = [], []
     for name, row in content["cells"].items():
         size, dtype = name.split(",")[0].split()
