@@ -74,19 +74,18 @@ def first_states(param_groups: list[dict[str, Any]]) -> dict[Any, dict[str, Any]
     and then every `update_proj_gap`; staggered, so that each update has its share of the work.
     """
     first: dict[Any, dict[str, Any]] = {}
-    staggered = [group for group in param_groups if group.get("refresh") == "staggered"]
-    # Of matrices that have no elements, if there are no others, nothing is ever found.
-    total = max(1, sum(p.numel() * group["rank"] for group in staggered for p in group["params"]))
-    before = 0
     for group in param_groups:
         for p in group["params"]:
-            first[p] = {"seed": len(first), "calls": 0}
-            if "rank" not in group:
-                continue
-            first[p]["phase"] = 0
-            if group["refresh"] == "staggered":
-                first[p]["phase"] = 1 + group["update_proj_gap"] * before // total
-                before += p.numel() * group["rank"]
+            first[p] = {"seed": len(first), "calls": 0} | ({"phase": 0} if "rank" in group else {})
+    staggered = [(p, group) for group in param_groups if group.get("refresh") == "staggered" for p in group["params"]]
+    # Matrices of one shape are refreshed together, so those that are due at one update are of few shapes.
+    staggered.sort(key=lambda one: tuple(one[0].shape))
+    # Of matrices that have no elements, if there are no others, nothing is ever found.
+    total = max(1, sum(p.numel() * group["rank"] for p, group in staggered))
+    before = 0
+    for p, group in staggered:
+        first[p]["phase"] = 1 + group["update_proj_gap"] * before // total
+        before += p.numel() * group["rank"]
     return first
 
 

@@ -76,6 +76,15 @@ def test_more_matrices_than_steps_are_spread_evenly():
     assert {len(step) for step in seen} <= {4, 5}
 
 
+def test_what_is_refreshed_at_a_step_is_of_few_shapes():
+    """As in a model, whose layers have all of them: what is of one shape is refreshed by one batch."""
+    shapes = [(10, 8), (8, 10), (12, 8)] * 10
+    parameters = [weight(shape, seed=i) for i, shape in enumerate(shapes)]
+    seen = refreshed(parameters, optimizer_of(parameters, gap=10, refresh="staggered"), 21)
+    assert {len(step) for step in seen[:20]} <= {2, 3, 4}
+    assert sum(len({shapes[i] for i in step}) for step in seen[10:20]) <= 12  # two steps have two
+
+
 @pytest.mark.parametrize("projection", ["svd", "power", "random", "columns"])
 @pytest.mark.parametrize("refresh", ["together", "staggered"])
 @pytest.mark.parametrize("moments", ["kept", "rotated"])
