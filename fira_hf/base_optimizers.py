@@ -136,8 +136,8 @@ def rms_scale(base_optimizer: str, long: int, short: int, rank: int) -> float:
     return 0.2 * math.sqrt(long) if base_optimizer == "muon" else math.sqrt(short / rank)
 
 
-def rotate_moments(base_optimizer: str, moments: Sequence[Tensor], C: Tensor, ratio: Tensor) -> None:
-    """Carries moments (B, ...), in place, into new bases; C = Q_old^T Q_new, (B, r, r).
+def rotated_moments(base_optimizer: str, moments: Sequence[Tensor], C: Tensor, ratio: Tensor) -> list[Tensor]:
+    """Moments (B, ...) carried into new bases; C = Q_old^T Q_new, (B, r, r).
 
     The mean turns with the basis; the variance, whose covariances are not known, is carried over by the squares of C
     (LDAdam, arXiv 2410.16103): M <- M C,  V <- max(V - m M^2, 0) C^2 + m (M C)^2, with `ratio` m = (1 - b2^t) /
@@ -145,14 +145,13 @@ def rotate_moments(base_optimizer: str, moments: Sequence[Tensor], C: Tensor, ra
     """
     if base_optimizer == "adamw":
         M, V = moments
-        variance = V.sub_(M.square().mul_(ratio)).clamp_(min=0) @ C.square()
-        M.copy_(M @ C)
-        V.copy_(variance.add_(M.square().mul_(ratio)))
-        return
+        variance = (V - M.square().mul_(ratio)).clamp_(min=0) @ C.square()
+        M = M @ C
+        return [M, variance.add_(M.square().mul_(ratio))]
     *means, M = moments
-    M.copy_(M @ C)
     if means:
         col, row = means
+        turned = col @ C.square()
         before = col.mean(-1, keepdim=True).clamp_(min=TINY)
-        col.copy_(col @ C.square())
-        row.mul_(col.mean(-1, keepdim=True) / before)  # V_ij = row_i col_j / mean(col)
+        means = [turned, row * (turned.mean(-1, keepdim=True) / before)]  # V_ij = row_i col_j / mean(col)
+    return [*means, M @ C]

@@ -179,7 +179,7 @@ def write(
 ) -> None:
     """Stores fp32 values, (B, ...), which may be changed, rounded at random where there are seeds, one for each.
 
-    `active`: (B,) bool on the device; where it is False codes stay. Of what is kept as it is, see `chosen`.
+    `active`: (B,) bool on the device; where it is False, codes stay. What is no code is written all the same.
     """
     stored = [matrix[name] for matrix in matrices]
     if not is_coded(matrices[0].state, name):
@@ -197,13 +197,6 @@ def write(
         coded = encode(value[None], CODES[name], seeds and seeds[i : i + 1])
         for old, (new,) in zip((stored[i], scales[i]), coded, strict=True):
             old.copy_(new if active is None else torch.where(active[i], new, old))
-
-
-def chosen(matrices: Sequence[Matrix], name: str, values: Tensor, active: Tensor | None) -> Tensor:
-    """What `write` stores where `active` is False, too: what is there. Codes it leaves by itself."""
-    if active is None or is_coded(matrices[0].state, name):
-        return values
-    return torch.where(active.view(-1, 1, 1), values, torch.stack(read(matrices, name)))
 
 
 def update_moments(

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from . import base_optimizers
 from . import functional as F
 from .distributed import broadcast, is_own, owners
-from .matrices import Matrix, batches, chosen, operations, operations_of_moments, read, write
+from .matrices import Matrix, batches, operations, operations_of_moments, read, write
 from .state import OF_REFRESH, has_basis, is_whole, low_rank_moments, rounds_state, seed_of
 from .subspace import find_bases, refine
 
@@ -183,18 +183,20 @@ def _change_bases(matrices: list[Matrix], Q: Tensor, good: Tensor | None, group:
     everything stays as it is. None: all are.
 
     All is made before anything is written, so that where memory runs out no state is half a new one."""
-    new, seeds = {}, {}
-    if group["moments"] == "rotated" and not is_whole(group):  # a whole moment is in no basis
-        before = torch.stack(read(matrices, "basis")).float()
+    # A whole moment is in no basis.
+    names = list(low_rank_moments(group)) if group["moments"] == "rotated" and not is_whole(group) else []
+    old = {name: torch.stack(read(matrices, name)) for name in ("basis", *names)}
+    new, seeds = [Q], {}
+    if names:
         steps = torch.stack([matrix["step"] for matrix in matrices]).view(-1, 1, 1)
         b1, b2 = (F.bias_correction(beta, steps) for beta in group["betas"])
-        names = low_rank_moments(group)
-        moments = [torch.stack(read(matrices, name)).float() for name in names]
-        base_optimizers.rotate_moments(group["base_optimizer"], moments, before.mT @ Q, b2 / b1.square())
-        new = dict(zip(names, moments, strict=True))
-        for use, name in enumerate(names if rounds_state(group) else ()):
-            seeds[name] = [matrix.rounding_seed(use + OF_REFRESH) for matrix in matrices]
-    new["basis"] = Q
-    new = {name: chosen(matrices, name, values, good) for name, values in new.items()}
-    for name, values in new.items():
+        moments, C = [old[name].float() for name in names], old["basis"].float().mT @ Q
+        new += base_optimizers.rotated_moments(group["base_optimizer"], moments, C, b2 / b1.square())
+    if names and rounds_state(group):
+        seeds = {
+            name: [matrix.rounding_seed(use + OF_REFRESH) for matrix in matrices] for use, name in enumerate(names)
+        }
+    if good is not None:
+        new = [torch.where(good.view(-1, 1, 1), one, old[name]) for name, one in zip(old, new, strict=True)]
+    for name, values in zip(old, new, strict=True):
         write(matrices, name, values, good, seeds.get(name))
