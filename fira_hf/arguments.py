@@ -15,7 +15,7 @@ from transformers.trainer_utils import check_target_module_exists
 
 from .config import ALL_LINEAR, WORDS, FiraConfig, plain_name, unknown_name, with_preset, word_or_regex
 from .layers import Layer, target_layers, weights
-from .rules import plain
+from .rules import normalised, plain
 from .targets import find_targets, other_than_linear, scoped, unmatched
 
 
@@ -64,6 +64,10 @@ def config_from_args(args: TrainingArguments, model: nn.Module) -> FiraConfig:
     }
     defaults = FiraConfig()
     for name, value in own.items():
+        try:
+            normalised(name, value)
+        except ValueError as error:
+            raise ValueError(f"TrainingArguments' {TRAINER_ARGS[name]}: {error}") from None
         said = getattr(file, name)
         if said not in (getattr(defaults, name), value):
             raise ValueError(
@@ -118,7 +122,8 @@ def parse_optim_args(given: Any) -> dict[str, Any]:
             is_typed = kind is not str and not isinstance(value, str)
             settings[name] = None if is_none else value if is_typed else kind(value)
         except ValueError:
-            raise ValueError(f"optim_args={given!r}: {name}={value!r} is not {KINDS[kind]}.") from None
+            more = " Commas separate the entries." if re.search(r"\s|;", str(value)) else ""
+            raise ValueError(f"optim_args={given!r}: {name}={value!r} is not {KINDS[kind]}.{more}") from None
     found = with_preset(settings, f"optim_args={given!r}")
     if "preset" in settings and "config" in settings:
         raise ValueError(

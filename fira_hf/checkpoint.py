@@ -61,6 +61,12 @@ OTHERS = " Train the same weights as the checkpoint did, or start a new run from
 
 def _check_projections(saved_groups: list[dict[str, Any]], param_groups: list[dict[str, Any]]) -> None:
     """Raises ValueError unless both project the same weights, with the same settings and in the same order."""
+    if any("rank" in group for group in param_groups) and not any("rank" in group for group in saved_groups):
+        raise ValueError(
+            "The checkpoint's optimizer state is not Fira's: no weight is projected in it. To go on from its weights, "
+            "load the model from the checkpoint and start a new run, without the state of the optimizer (in the "
+            "Trainer, without resume_from_checkpoint)."
+        )
     named = all("param_names" in group for group in [*saved_groups, *param_groups])
     saved, own = _projected(saved_groups, named), _projected(param_groups, named)
     sides = (("The checkpoint", "this optimizer", saved, own), ("This optimizer", "the checkpoint", own, saved))
@@ -107,7 +113,13 @@ def _log_differences(saved_groups: list[dict[str, Any]], param_groups: list[dict
             was = tuple(was) if isinstance(was, list) else was  # what was sent or written as JSON has no tuples
             if setting in old and setting in new and was != now and (setting, was, now) not in seen:
                 seen.add((setting, was, now))
-                logger.warning("%s=%s of the checkpoint replaces %s.", setting, was, now)
+                name = "lr" if setting == rate else setting
+                logger.warning(
+                    "%s=%s of the checkpoint replaces %s. For the latter, start a new run from its weights.",
+                    name,
+                    was,
+                    now,
+                )
 
 
 def config_in_effect(config: FiraConfig, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> FiraConfig:

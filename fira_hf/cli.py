@@ -138,7 +138,7 @@ def memory(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
 def inspect(options: argparse.Namespace, model_config: PretrainedConfig) -> str:
     config = config_of(options)
     model = build_on_meta(model_config, options.dtype)
-    lines = [summarize(model, find_targets(model, config))]
+    lines = [summarize(model, find_targets(model, config), config)]
     if options.checkpoint is not None:
         lines.append(describe_checkpoint(options.checkpoint))
     return "\n".join(lines)

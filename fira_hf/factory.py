@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,7 +41,14 @@ def get_fira_optimizer(model: nn.Module, config: FiraConfig | None = None) -> Fi
     Raises:
         ValueError: the config does not fit the model; see `find_targets`.
     """
-    config = config or FiraConfig()
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"get_fira_optimizer takes the model, whose layers it chooses by name, not a {type(model).__name__}: for "
+            "bare parameters take fira_adamw(params, lr, rank=...)."
+        )
+    config = FiraConfig() if config is None else config
+    if not isinstance(config, FiraConfig):
+        raise TypeError(f"config={config!r} is no FiraConfig: write get_fira_optimizer(model, FiraConfig(rank=8)).")
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     spared = {
@@ -132,7 +140,7 @@ def build_optimizer(model: nn.Module, config: FiraConfig, params: Iterable[Any])
     plan.skipped = [other for other in plan.skipped if other.parameter in given]
     optimizer = FiraAdamW(projected + dense, config.lr, config.betas, config.eps, config.weight_decay)
     optimizer.config = config
-    optimizer.summary = summarize(model, plan)
+    optimizer.summary = summarize(model, plan, config)
     logger.info(optimizer.summary)
     if plan.state_bytes >= plan.adamw_bytes:
         logger.warning(
@@ -142,7 +150,7 @@ def build_optimizer(model: nn.Module, config: FiraConfig, params: Iterable[Any])
     return optimizer
 
 
-def summarize(model: nn.Module, plan: TargetPlan) -> str:
+def summarize(model: nn.Module, plan: TargetPlan, config: FiraConfig) -> str:
     """What is projected at which rank, what is not and why, and the bytes of optimizer state beside AdamW's."""
     projected = [target.parameter for target in plan.projected]
     skipped = [other.parameter for other in plan.skipped]
@@ -164,6 +172,13 @@ def summarize(model: nn.Module, plan: TargetPlan) -> str:
     codes = sum(map(is_int8, projected + skipped))
     if codes:
         lines.append(f"{codes} of the trained weights are int8 with a scale for each row, and rounded at random.")
+    rounded = [p for p in projected + skipped if p.dtype in (torch.bfloat16, torch.float16) and not is_int8(p)]
+    if rounded and not config.stochastic_rounding:
+        lines.append(
+            f"{sum(p.numel() for p in rounded):,} of the trainable parameters are in half precision and rounded to "
+            "the nearest, which loses updates that are small beside them: load the model in float32, or set "
+            "stochastic_rounding=True (bf16)."
+        )
     if skipped:
         count: Counter[str] = Counter()
         numel: Counter[str] = Counter()

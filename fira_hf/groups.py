@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import views
-from .config import PROJECTED_DEFAULTS, SHARED_DEFAULTS, unknown_name
+from .config import OF_PEERS, PROJECTED_DEFAULTS, SHARED_DEFAULTS, unknown_name
 from .distributed import local
 from .int8 import is_int8
 from .rules import PACKED, check_update, normalised
@@ -25,8 +25,6 @@ OF_TORCH = {"params", "param_names", "initial_lr", "max_lr", "min_lr", "base_mom
 # Further settings of torch's AdamW, which FiraAdamW has not. At these values they mean nothing; torch, or code that is
 # written for AdamW, may have put them into a group.
 OF_ADAMW = {k: v for k, v in torch.optim.AdamW([torch.zeros(1)]).defaults.items() if k not in ADAM_SETTINGS}
-# Settings of galore_torch, apollo_torch and fira that have another name here, or none.
-OF_PEERS = {"scale": "alpha", "proj_type": None, "proj": None, "scale_type": None}
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -84,8 +82,6 @@ def check_settings(group: dict[str, Any]) -> None:
 def _check_unknown(name: str, value: Any) -> None:
     if name in OF_ADAMW:
         check_of_adamw(name, value, "Parameter group")
-    elif OF_PEERS.get(name) is not None:
-        raise ValueError(f"Parameter group: Unknown setting {name!r}. It is called {OF_PEERS[name]!r} here.")
     elif name in OF_PEERS or difflib.get_close_matches(name, VALID, n=1):
         raise ValueError(f"Parameter group: {unknown_name('setting', name, list(VALID))}")
 

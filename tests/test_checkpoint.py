@@ -281,7 +281,8 @@ def test_betas_that_a_schedule_cycles_are_not_reported(cycles, caplog):
     for group in (changed := copy.deepcopy(optimizer.state_dict()))["param_groups"]:
         group["eps"] = 1e-3
     other.load_state_dict(changed)
-    assert caplog.messages == ["eps=0.001 of the checkpoint replaces 1e-06."]  # once, not once a group
+    (message,) = caplog.messages  # once, not once a group
+    assert message.startswith("eps=0.001 of the checkpoint replaces 1e-06. For the latter, start a new run")
 
 
 @pytest.mark.parametrize("has_schedule", [True, False])
@@ -303,8 +304,16 @@ def test_a_rate_that_a_checkpoint_replaces_is_reported(has_schedule, caplog):
     assert not caplog.messages
     _, other = build(1e-4)
     other.load_state_dict(optimizer.state_dict())
-    rate = "initial_lr" if has_schedule else "lr"
-    assert caplog.messages == [f"{rate}=0.01 of the checkpoint replaces 0.0001."]
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("lr=0.01 of the checkpoint replaces 0.0001. For the latter, start")
+
+
+def test_a_state_of_adamw_is_named_as_what_it_is():
+    net, optimizer = make()
+    other = torch.optim.AdamW(net.parameters())
+    train(net, other, 1)
+    with pytest.raises(ValueError, match="not Fira's: no weight is projected.*without resume_from_checkpoint"):
+        optimizer.load_state_dict(other.state_dict())
 
 
 # --------------------------------------------------------------------------- what is not whole

@@ -247,6 +247,29 @@ def test_the_summary_counts_what_is_projected_and_what_is_not():
         assert reason in summary
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_summary_says_that_half_precision_loses_updates(dtype):
+    """transformers 5 loads weights in the dtype of their checkpoint, so nobody has to have chosen it."""
+    model = build_llama().to(dtype)
+    size = f"{sum(p.numel() for p in model.parameters()):,} of the trainable parameters are in half precision"
+    assert size in get_fira_optimizer(model, FiraConfig(rank=8)).summary
+    assert "half" not in get_fira_optimizer(model.float(), FiraConfig(rank=8)).summary
+    rounded = FiraConfig(rank=8, stochastic_rounding=True)
+    assert "half" not in get_fira_optimizer(model.bfloat16(), rounded).summary
+
+
+@pytest.mark.parametrize(
+    ("given", "way_out"),
+    [
+        (lambda model: (model.parameters(), FiraConfig()), "not a generator: .* take fira_adamw"),
+        (lambda model: (model, {"rank": 8}), r"no FiraConfig: write get_fira_optimizer\(model, FiraConfig"),
+    ],
+)
+def test_what_is_no_model_or_no_config_is_an_error_with_a_way_out(given, way_out):
+    with pytest.raises(TypeError, match=way_out):
+        get_fira_optimizer(*given(build_llama()))
+
+
 def test_a_state_that_saves_nothing_is_a_warning(caplog):
     """As that of LoRA's matrices at the default rank: the summary, which says so too, is logged as information."""
     get_fira_optimizer(build_llama(), FiraConfig(rank=2))

@@ -290,6 +290,14 @@ def test_optim_args_are_typed(make_trainer):
     assert {g["lr"] for g in optimizer.param_groups if "rank" not in g} == {1e-5}
 
 
+@pytest.mark.parametrize(
+    ("given", "named"), [({"adam_beta1": 1.0}, "adam_beta1 and adam_beta2"), ({"adam_epsilon": -1.0}, "adam_epsilon")]
+)
+def test_what_the_trainers_own_settings_get_wrong_is_said_in_their_names(make_trainer, given, named):
+    with pytest.raises(ValueError, match=f"TrainingArguments' {named}: .* is not valid"):
+        created(make_trainer, **given)
+
+
 @pytest.mark.parametrize("optim_args", [None, ""])
 def test_without_optim_args_the_defaults_hold(make_trainer, optim_args):
     config = created(make_trainer, optim_args=optim_args).config

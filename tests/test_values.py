@@ -272,6 +272,8 @@ def test_no_optim_args(given):
         ({"rnak": 8}, "Unknown key 'rnak'. Did you mean 'rank'"),
         ({3: 8}, "Unknown key '3'"),
         ({"rank": "eight"}, "rank='eight' is not an integer"),
+        ("rank=8 alpha=0.25", "rank='8 alpha=0.25' is not an integer. Commas separate"),
+        ("scale=0.25", "'scale'. It is called 'alpha' here"),
         ({"lr": 1e-3}, "set lr by TrainingArguments' learning_rate"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern does not fit.*config=PATH"),
         ({"preset": "publshed"}, "Unknown preset 'publshed'. Did you mean 'published'"),

@@ -59,7 +59,7 @@ def predict_memory(
     }
     if training.optim == "fira":
         config = config_from_args(training, model)
-        print(summarize(model, find_targets(model, config)))
+        print(summarize(model, find_targets(model, config), config))
         return estimate_memory(model, config, **batch)
     if training.optim == "galore_adamw":
         rank = dict(entry.split("=") for entry in training.optim_args.replace(" ", "").split(","))["rank"]
