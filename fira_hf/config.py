@@ -60,10 +60,10 @@ OF_PEERS = {"scale": "alpha", "proj_type": None, "proj": None, "scale_type": Non
 
 def unknown_name(kind: str, name: str, valid: list[str]) -> str:
     """The error text for a name that does not exist: the nearest valid one first, then all of them."""
-    if OF_PEERS.get(name) in valid:
-        return f"Unknown {kind} {name!r}. It is called {OF_PEERS[name]!r} here."
     nearest = difflib.get_close_matches(name, valid, n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    if OF_PEERS.get(name) in valid:
+        hint = f" It is called {OF_PEERS[name]!r} here."
     return f"Unknown {kind} {name!r}.{hint} Valid: {', '.join(valid)}."
 
 

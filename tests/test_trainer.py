@@ -347,7 +347,7 @@ VALID += ("state_dtype", "stochastic_rounding", "dense_lr", "config")
 
 
 @pytest.mark.parametrize(
-    ("key", "nearest"), [("rnak", "rank"), ("update_gap", "update_proj_gap"), ("scale", "scaling"), ("Rank", "rank")]
+    ("key", "nearest"), [("rnak", "rank"), ("update_gap", "update_proj_gap"), ("scale", "alpha"), ("Rank", "rank")]
 )
 def test_an_unknown_key_lists_the_valid_ones(make_trainer, key, nearest):
     with pytest.raises(ValueError) as refused:
