@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="which weights Fira would project, and what a checkpoint holds")
     for one in (memory, inspect):
         one.add_argument("--model", required=True, help="folder, config.json or name on the hub")
-        one.add_argument("--preset", help=f"settings of Fira: {', '.join(PRESETS)}; those given beside it go first")
+        one.add_argument("--preset", help=f"settings of Fira: {', '.join(PRESETS)}; options beside it take precedence")
         one.add_argument("--rank", type=int, help=f"of the projection (default: {FiraConfig.rank})")
         one.add_argument(
             "--target_modules",
