@@ -131,7 +131,7 @@ def config_in_effect(config: FiraConfig, before: list[dict[str, Any]], now: list
     pairs = list(zip(before, now, strict=True))
 
     def told(name: str, value: Any, groups: list[Any], otherwise: Any) -> Any:
-        told_by = (pair for pair in groups if name != "betas" or "max_momentum" not in pair[0])
+        told_by = (pair for pair in groups if name != "betas" or "max_momentum" not in {**pair[0], **pair[1]})
         return next((_begun_with(new, name) for old, new in told_by if _begun_with(old, name) == value), otherwise)
 
     own = {name: getattr(config, name) for name in ("betas", "eps", "weight_decay")}

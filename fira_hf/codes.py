@@ -70,7 +70,7 @@ def value(state: Mapping[str, Any], name: str) -> Tensor:
 
 
 def negligible(state: Mapping[str, Any]) -> float:
-    """For `functional.residual_norm`."""
+    """Beside the gradient, or X of a whole moment: the part of it below which the closed form of a rest is noise."""
     return F.NEGLIGIBLE if "basis" not in state or state["basis"].dtype == torch.float32 else NEGLIGIBLE
 
 

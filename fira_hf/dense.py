@@ -25,7 +25,8 @@ def step_dense(parameters: list[Any], states: list[dict[str, Any]], group: dict[
     """AdamW, which the device leaves out by itself where a gradient is not finite."""
     norms = torch._foreach_norm([local(p.grad) for p in parameters], 2.0, torch.float32)
     device = norms[0].device
-    finite = agree(torch.isfinite(torch.stack([norm.to(device) for norm in norms])).all(), parameters)
+    # Their squares, too: the norm of a single number is made without them.
+    finite = agree(torch.stack([norm.to(device) for norm in norms]).square().isfinite().all(), parameters)
     steps = [state["step"] for state in states]
     # After infinitely many steps nothing is left of the bias.
     counts = torch._foreach_add(steps, 0.0 if group["correct_bias"] else torch.inf)

@@ -39,8 +39,11 @@ def check_group(group: dict[str, Any]) -> None:
 
 
 def watched(group: dict[str, Any]) -> dict[str, Any]:
-    """What is checked again where somebody has edited it. Adam's own settings change by schedules, and always are."""
-    return {name: value for name, value in group.items() if name not in OF_TORCH and name not in ADAM_SETTINGS}
+    """What is checked again where somebody has edited it. Adam's own settings change by schedules, and always are.
+
+    With the types: 1.0 of numpy equals 1.0, and a checkpoint that holds it cannot be loaded."""
+    names = group.keys() - OF_TORCH - set(ADAM_SETTINGS)
+    return {name: (type(group[name]), group[name]) for name in names}
 
 
 def check_rates(group: dict[str, Any]) -> None:

@@ -154,7 +154,8 @@ class FiraAdamW(torch.optim.Optimizer):
         calls = {p: self.state[p]["calls"] for _, parameters in work for p in parameters if self.state.get(p)}
         if len(calls) < sum(len(parameters) for _, parameters in work):
             first = first_states(self.param_groups)
-        # Where memory runs out, it does as states and bases are made: no weight has been written by then.
+        # Most memory is asked for here, as states and bases are made, and no weight has been written by then. Where it
+        # runs out later, some weights have made this step and others not, as with torch's own optimizers.
         try:
             matrices = [self._prepare(group, parameters, first, is_rehearsal) for group, parameters in work]
         except BaseException:
@@ -166,7 +167,8 @@ class FiraAdamW(torch.optim.Optimizer):
         return loss
 
     def _take_back(self, work: list[tuple[dict[str, Any], list[Any]]], calls: dict[Any, int]) -> None:
-        """After an error before any weight was written: the next step is this one again."""
+        """After an error before any weight was written: the next step is this one again. (On an accelerator a basis
+        that was found may be refined once more.)"""
         for _, parameters in work:
             for p in parameters:
                 if p in calls:
@@ -193,6 +195,8 @@ class FiraAdamW(torch.optim.Optimizer):
             is_checked = False
         if not is_checked:
             check_settings(group)
+            if len(self._checked) > len(self.param_groups):  # those of groups that a checkpoint has replaced
+                self._checked = {}
             self._checked[id(group)] = watched(group)
             self._passed = {}
         for p in parameters:

@@ -70,8 +70,8 @@ def step_projected(matrices: list[Matrix], group: dict[str, Any], watch: Watch =
         R_norms, N_norms = F.row_norms(R), F.row_norms(N)
         equal = whole.equal_rows(N_norms, long, R.shape[2])
         N_norms = equal * N_norms
-        phi, left = whole.row_scale(norms[..., :1], R_norms, long, short, R.shape[2], add)
-        a, B, *limited = F.limited_scales(phi, F.total_norms(left, add), eta, histories, settings, active)
+        phi, norm = whole.row_scale(norms[..., :1], R_norms, long, short, R.shape[2], settings.negligible, add)
+        a, B, *limited = F.limited_scales(phi, norm, eta, histories, settings, active)
     else:
         N, R_norms, N_norms = update_moments(matrices, group, R, active, add)
         a, B, *limited = ops.scales(norms, R_norms, N_norms, eta, histories, settings, active, add)

@@ -188,7 +188,8 @@ def _change_bases(matrices: list[Matrix], Q: Tensor, good: Tensor | None, group:
     old = {name: torch.stack(read(matrices, name)) for name in ("basis", *names)}
     new, seeds = [Q], {}
     if names:
-        steps = torch.stack([matrix["step"] for matrix in matrices]).view(-1, 1, 1)
+        # Where a step was broken off in between, a matrix can have a basis and have made no update.
+        steps = torch.stack([matrix["step"] for matrix in matrices]).view(-1, 1, 1).clamp_(min=1)
         b1, b2 = (F.bias_correction(beta, steps) for beta in group["betas"])
         moments, C = [old[name].float() for name in names], old["basis"].float().mT @ Q
         new += base_optimizers.rotated_moments(group["base_optimizer"], moments, C, b2 / b1.square())

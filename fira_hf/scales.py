@@ -29,7 +29,7 @@ def total_norms(norms: Tensor, add: Add = None) -> Tensor:
 def are_usable(norms: Tensor, add: Add = None) -> Tensor:
     """(B,) bool from row norms (B, long, 1): gradients that are finite (their square in fp32, too) and not zero."""
     whole = total_norms(norms, add).flatten()
-    return (whole > 0) & (whole < torch.inf)  # False for NaN, too
+    return (whole > 0) & (whole.square() < torch.inf)  # False for NaN, too
 
 
 def residual_scale(N_norms: Tensor, R_norms: Tensor, scaling: str, add: Add = None) -> Tensor:

@@ -163,18 +163,20 @@ def project(
 
 
 def row_scale(
-    X_norms: Tensor, Z_norms: Tensor, long: int, short: int, rank: int, add: F.Add = None
+    X_norms: Tensor, Z_norms: Tensor, long: int, short: int, rank: int, negligible: float, add: F.Add = None
 ) -> tuple[Tensor, Tensor]:
-    """phi, (B, long, 1), and the norms of the rows of the residual, which are alike.
+    """phi, (B, long, 1), and the norm of the residual, (B, 1, 1), whose rows are alike; infinite where what lies
+    outside the subspace is negligible.
 
-    Rows whose rest is below a thousandth of them are left small: there the closed form is rounding noise. And so are
+    Rows whose rest is negligible beside them are left small: there the closed form is rounding noise. And so are
     those below a hundredth of what the rows of the matrix have on average.
     """
     left = (X_norms.square() - Z_norms.square()).clamp_(min=0).sqrt_()
     means = F.total_norms(torch.cat([left, X_norms], dim=-1), add) / math.sqrt(long)
-    floor = (ALIVE * means[..., :1]).maximum(F.NEGLIGIBLE * X_norms.maximum(means[..., 1:]))
+    floor = (ALIVE * means[..., :1]).maximum(F.NEGLIGIBLE * means[..., 1:]).maximum(negligible * X_norms)
     phi = math.sqrt((short - rank) / long) / left.maximum(floor).clamp_(min=F.TINY)
-    return phi, phi * left
+    norm = F.total_norms(phi * left, add)
+    return phi, torch.where(means[..., :1] > negligible * means[..., 1:], norm, torch.inf)
 
 
 def equal_rows(N_norms: Tensor, long: int, rank: int) -> Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fira_hf.optimizer
 from fira_hf import PUBLISHED, FiraAdamW
 from recipes.benchmarks.models import Pretended
 from reference import gradients, spoiled, weight
@@ -182,3 +183,20 @@ def test_bases_follow_gradients_of_lower_rank(settings, tokens):
         bases.append(len(seen))
     assert bases[1] == bases[0] == 4  # the first one and three refreshes
     assert captured[1] == pytest.approx(captured[0], abs=0.03)
+
+
+def test_an_expert_that_begins_in_a_step_that_is_broken_off(monkeypatch):
+    """It has a basis and no update yet, and may get another basis as the step is made again."""
+    experts, other = Pretended(torch.randn(2, 12, 80)), Pretended(torch.randn(5))
+    groups = [{"params": [experts], "rank": 4, "update_proj_gap": 1}, {"params": [other]}]
+    optimizer = FiraAdamW(groups, lr=1e-2)
+    experts.grad = torch.randn(2, 12, 80)
+    experts.grad[1] = 0
+    optimizer.step()
+    experts.grad, other.grad = torch.randn(2, 12, 80), torch.ones(5)
+    with monkeypatch.context() as broken:
+        broken.setattr(fira_hf.optimizer, "create_dense", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+    optimizer.step()
+    assert experts.data.isfinite().all() and optimizer.state[experts]["exp_avg_sq"].isfinite().all()

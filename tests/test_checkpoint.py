@@ -262,6 +262,17 @@ def test_dense_weights_of_another_name():
         build("head.sft").load_state_dict(build("head.default").state_dict())
 
 
+def test_a_momentum_that_a_schedule_has_moved_is_no_setting_of_a_run_without_it():
+    net, optimizer = make()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-2, total_steps=20)
+    for _ in range(6):
+        train(net, optimizer, 1)
+        schedule.step()
+    _, other = make()
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["betas"] != CONFIG.betas and other.config.betas == CONFIG.betas
+
+
 @pytest.mark.parametrize("cycles", [True, False])
 def test_betas_that_a_schedule_cycles_are_not_reported(cycles, caplog):
     """Every correct resume would log them, once a group: nobody reads a warning that is always there."""

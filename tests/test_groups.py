@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -224,3 +225,17 @@ def test_settings_of_adamw_that_fira_has_not():
 def test_a_key_that_resembles_a_setting(name, hint):
     with pytest.raises(ValueError, match=rf"Unknown setting '{name}'.*{hint}"):
         FiraAdamW([{"params": [weight((12, 8))], "rank": 4, name: 1}])
+
+
+def test_an_equal_value_of_another_type_is_kept_as_a_plain_number():
+    """A schedule of numpy's numbers, whose checkpoints torch refuses to load."""
+    p = weight((8, 6))
+    optimizer = FiraAdamW([{"params": [p], "rank": 2, "alpha": 1.0}])
+    for _ in range(2):
+        optimizer.param_groups[0]["alpha"] = np.float64(1.0)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert type(optimizer.param_groups[0]["alpha"]) is float
+    optimizer.param_groups[0]["rank"] = 2.0
+    with pytest.raises(ValueError, match=r"rank=2.0 is not valid: rank must be an integer"):
+        optimizer.step()

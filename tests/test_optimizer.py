@@ -574,3 +574,13 @@ def test_what_has_passed_is_checked_again_when_it_changes(index, edit, monkeypat
             optimizer._passed, optimizer._checked = {}, {}
     assert len(set(said)) == 1
     assert all(map(torch.equal, weights, before))
+
+
+@pytest.mark.parametrize("numel", [1, 2])
+def test_a_gradient_whose_square_is_no_fp32_is_passed_over_by_single_numbers_too(numel):
+    p = torch.nn.Parameter(torch.ones(numel))
+    optimizer = FiraAdamW([{"params": [p]}], lr=1e-2)
+    for step in range(20):
+        p.grad = torch.full_like(p, 1e20 if step == 5 else 1.0)
+        optimizer.step()
+    assert optimizer.state[p]["step"] == 19 and torch.allclose(p, torch.tensor(1 - 19 * 1e-2), atol=1e-4)

@@ -205,6 +205,39 @@ def test_a_gradient_of_low_rank_leaves_next_to_no_residual():
     assert outside.norm() < 0.02 * moved.norm()
 
 
+@of_dtypes
+def test_no_row_is_larger_than_the_others_where_little_is_left(state_dtype):
+    """A basis that is not orthonormal to rounding tells little of a small rest: it may look like none at all."""
+    generator = torch.Generator().manual_seed(0)
+    p = nn.Parameter(torch.zeros(256, 128))
+    optimizer = optimizer_of(p, rank=16, update_proj_gap=10, lr=1.0, weight_decay=0.0, state_dtype=state_dtype)
+    left, right = torch.randn(256, 16, generator=generator), torch.randn(16, 128, generator=generator)
+    for _ in range(8):
+        steady = left * torch.randn(16, generator=generator) @ right
+        p.grad = steady + 0.03 * torch.randn(256, 128, generator=generator)
+        before = p.detach().clone()
+        optimizer.step()
+    rows = (p.detach() - before).norm(dim=1) / (0.2 * math.sqrt(256))  # all of size sqrt(128 / 256) at most
+    assert rows.max() < 1.2 * math.sqrt(128 / 256)
+
+
+@of_dtypes
+def test_a_first_gradient_of_low_rank_is_no_reference_of_the_limiter(state_dtype):
+    """The residual would have to grow from nothing, by gamma a step."""
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        p = nn.Parameter(torch.zeros(64, 32))
+        optimizer = optimizer_of(p, rank=8, gamma=1.01, state_dtype=state_dtype)
+        optimizer.track_statistics = True
+        for step in range(4):
+            p.grad = torch.randn(64, 32, generator=generator)
+            if step == 0:
+                p.grad[:, 2:] = 0
+            optimizer.step()
+            share = optimizer.pop_statistics()["residual_share"]
+        assert share > 0.6, seed
+
+
 # --------------------------------------------------------------------------- what is kept
 
 
