@@ -225,7 +225,7 @@ def test_what_backward_does_not_reach_is_left_to_step():
 
 def test_a_closure():
     model, tokens = build_llama(), batches(1)[0]
-    optimizer = get_fira_optimizer(model, FiraConfig(rank=4, lr=1e-2))
+    optimizer = get_fira_optimizer(model, FiraConfig(rank=4, lr=1e-3))
     step_in_backward(optimizer)
 
     def closure():
