@@ -37,6 +37,8 @@ PRESETS = {
     "subspace-muon": SUBSPACE_MUON,
     "muon-4bit": {**SUBSPACE_MUON, "rank": FULL_RANK},
 }
+# Settings of galore_torch, apollo_torch and fira that have another name here, or none.
+OF_PEERS = {"scale": "alpha", "proj_type": None, "proj": None, "scale_type": None}
 
 # What torch.compile, FSDP1 and activation checkpointing put into names, and what DDP and PEFT put before them.
 WRAPPERS = re.compile(r"(?:^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
@@ -52,10 +54,6 @@ def word_or_regex(target: str) -> str:
     """One of `WORDS`, however it is spelled; any other string as it is."""
     word = target.lower().replace("_", "-")
     return word if word in WORDS else target
-
-
-# Settings of galore_torch, apollo_torch and fira that have another name here, or none.
-OF_PEERS = {"scale": "alpha", "proj_type": None, "proj": None, "scale_type": None}
 
 
 def unknown_name(kind: str, name: str, valid: list[str]) -> str:

@@ -195,8 +195,6 @@ class FiraAdamW(torch.optim.Optimizer):
             is_checked = False
         if not is_checked:
             check_settings(group)
-            if len(self._checked) > len(self.param_groups):  # those of groups that a checkpoint has replaced
-                self._checked = {}
             self._checked[id(group)] = watched(group)
             self._passed = {}
         for p in parameters:
@@ -357,6 +355,7 @@ class FiraAdamW(torch.optim.Optimizer):
             loaded.update(final)
 
         def restore(_: Any) -> None:
+            self._checked, self._passed = {}, {}  # torch has put other groups in the place of those
             for group, before in zip(self.param_groups, own, strict=True):
                 for name in IMPLEMENTATION:
                     group.pop(name, None)  # how AdamW makes its step means nothing here

@@ -193,7 +193,7 @@ def _change_bases(matrices: list[Matrix], Q: Tensor, good: Tensor | None, group:
         b1, b2 = (F.bias_correction(beta, steps) for beta in group["betas"])
         moments, C = [old[name].float() for name in names], old["basis"].float().mT @ Q
         new += base_optimizers.rotated_moments(group["base_optimizer"], moments, C, b2 / b1.square())
-    if names and rounds_state(group):
+    if rounds_state(group):
         seeds = {
             name: [matrix.rounding_seed(use + OF_REFRESH) for matrix in matrices] for use, name in enumerate(names)
         }

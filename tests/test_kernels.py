@@ -257,18 +257,18 @@ def test_codes_are_those_of_the_torch_code(base, r, kernels):
 
 
 def test_codes_are_rounded_without_bias(kernels):
-    """Over draws of 100 steps; each is one of the two neighbours. The bound is five deviations of the mean."""
+    """Over draws of 300 steps; each is one of the two neighbours."""
     for name, code in codes.CODES.items():
         values = torch.randn(1, 4, 40, generator=torch.Generator().manual_seed(0))
         # less than the first code a second moment does not become
         values = values.square().clamp(min=1e-4) if name == "exp_avg_sq" else values
-        many = values.expand(100, -1, -1).contiguous()
+        many = values.expand(300, -1, -1).contiguous()
         into = [list(torch.zeros_like(x)) for x in codes.encode(many, code)]
-        kernels.encode(many, *into, code, None, range(100))
+        kernels.encode(many, *into, code, None, range(300))
         found = codes.decode(*map(torch.stack, into), code)
         steps = 2.0**-code.bits * (values.abs() + 2.0**-code.octaves / code.span * values.abs().amax())
         assert ((found - values).abs() <= 1.01 * steps).all()
-        assert ((found.mean(0) - values[0]).abs() <= 0.25 * steps[0]).all()
+        assert ((found.mean(0) - values[0]).abs() <= 0.15 * steps[0]).all()
 
 
 @pytest.mark.parametrize("settings", WHOLE, ids=lambda settings: settings["state_dtype"])

@@ -212,8 +212,10 @@ def test_only_a_setting_that_differs_is_logged(caplog):
     assert resumed.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
     saved["param_groups"][0]["betas"] = [0.5, 0.9]
     resumed.load_state_dict(saved)
-    (message,) = caplog.messages
-    assert message.startswith("betas=(0.5, 0.9) of the checkpoint replaces (0.9, 0.999). For the latter")
+    told = (
+        "betas=(0.5, 0.9) of the checkpoint replaces (0.9, 0.999). For the latter, start a new run from its weights."
+    )
+    assert caplog.messages == [told]
 
 
 def test_deepcopy():
