@@ -17,7 +17,7 @@ from torch import Tensor
 from . import functional as F
 from .base_optimizers import orthogonalized
 from .codes import FIRST, SECOND, Code
-from .factors import are_aligned, table_of
+from .factors import are_aligned, cdiv, power_of_2, table_of
 from .tiles import GROUP, TINY, draws, moved, pointer
 from .whole import GROUP as WITH_ONE_SCALE
 
@@ -150,7 +150,7 @@ def _encode_kernel(
 
 
 def _blocks(rank: int) -> tuple[int, int]:
-    block_r = max(WITH_ONE_SCALE, int(triton.next_power_of_2(rank)))
+    block_r = power_of_2(rank, WITH_ONE_SCALE)
     return max(1, ELEMENTS // block_r), block_r
 
 
@@ -160,7 +160,7 @@ def decode(stored: Sequence[Tensor], scales: Sequence[Tensor], code: Code) -> Te
     out = torch.empty(len(stored), rows, rank, dtype=torch.float32, device=stored[0].device)
     block_l, block_r = _blocks(rank)
     if rows:
-        _decode_kernel[triton.cdiv(rows, block_l), len(stored)](
+        _decode_kernel[cdiv(rows, block_l), len(stored)](
             table_of(stored, scales), out, rows, rank, DTYPE=tl.int8 if code.dtype == torch.int8 else tl.uint8,
             OCTAVES=code.octaves, BITS=code.bits, ALIGNED=are_aligned(stored, scales),
             BLOCK_L=block_l, BLOCK_R=block_r,
@@ -180,7 +180,7 @@ def encode(
     rows, rank = stored[0].shape
     block_l, block_r = _blocks(rank)
     if rows:
-        _encode_kernel[triton.cdiv(rows, block_l), len(stored)](
+        _encode_kernel[cdiv(rows, block_l), len(stored)](
             table_of(stored, scales, seeds or [0] * len(stored)), values, values if active is None else active,
             rows, rank, DTYPE=tl.int8 if code.dtype == torch.int8 else tl.uint8, OCTAVES=code.octaves,
             BITS=code.bits, ALIGNED=are_aligned(stored, scales), HAS_ACTIVE=active is not None,
@@ -207,7 +207,7 @@ def direction_of_codes(
     if long:
         none = [0] * count
         of_seeds: Any = (seeds[0], seeds[-1]) if seeds else (none, none)
-        _direction_kernel[triton.cdiv(long, block_l), count](
+        _direction_kernel[cdiv(long, block_l), count](
             table_of(*M, of_seeds[0], *V, of_seeds[1]),
             R, N, R_norms, N_norms, active, long, rank, *betas, *(1 - b for b in betas), eps,
             M_OCTAVES=FIRST.octaves, M_BITS=FIRST.bits, V_OCTAVES=SECOND.octaves, V_BITS=SECOND.bits,

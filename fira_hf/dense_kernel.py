@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import functional as F
-from .factors import DTYPES, are_aligned, table_of
+from .factors import DTYPES, are_aligned, cdiv, table_of
 from .tiles import INTERPRETED, draws, pointer, rounded, rounded_by
 
 
@@ -80,7 +80,7 @@ def dense_adamw(
         size = W[0].numel()
         seeds = [[seed or 0 for seed in of] for of in (w_seeds, m_seeds)]
         if size:
-            _adamw_kernel[triton.cdiv(size, 1024), len(W)](
+            _adamw_kernel[cdiv(size, 1024), len(W)](
                 table_of(W, G, M, V, *seeds),
                 F.bias_correction(b1, t), F.bias_correction(b2, t), finite, size, settings["lr"], b1, b2,
                 1 - b1, 1 - b2, settings["eps"], 1 - settings["lr"] * settings["weight_decay"],

@@ -67,6 +67,16 @@ def _factor_kernel(
         tl.store(out + part, low, mask=written)
 
 
+def cdiv(size: int, block: int) -> int:
+    """How many blocks cover `size`. Triton's, which kernels can call too, takes ten times as long on the host."""
+    return -(-size // block)
+
+
+def power_of_2(size: int, least: int = 1, most: int = 2**31) -> int:
+    """The next one, within bounds."""
+    return min(most, max(least, 1 << max(0, size - 1).bit_length()))
+
+
 def table_of(*columns: Sequence[Any]) -> Tensor:
     """(matrices, columns) int64 on the device: addresses of tensors, first ones of ranges, and numbers."""
     device = next(column[0].device for column in columns if isinstance(column[0], Tensor))
@@ -148,17 +158,17 @@ def of_update(
 
 def _empty(count: int, parts: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     outer, inner = like.shape
-    return torch.empty(count, parts, outer, -(-inner // 16) * 16, dtype=dtype, device=like.device)
+    return torch.empty(count, parts, outer, 16 * cdiv(inner, 16), dtype=dtype, device=like.device)
 
 
 def _launch(like: Tensor, values: Tensor, table: Tensor, *rest: Any, **compiled: Any) -> None:
     count, parts, outer, pitch = values.shape
     if not values.numel():
         return
-    block_i = min(256, int(triton.next_power_of_2(pitch)))
+    block_i = power_of_2(pitch, most=256)
     block_o = BLOCK // block_i
     X, R, a, B, *numbers = rest
-    _factor_kernel[triton.cdiv(outer, block_o), triton.cdiv(pitch, block_i), count](
+    _factor_kernel[cdiv(outer, block_o), cdiv(pitch, block_i), count](
         table, X, R, a, B, values, outer, like.shape[1], pitch, values.stride(1), *numbers,
         DTYPE=DTYPES[values.dtype], PARTS=parts, **compiled, INTERPRETED=INTERPRETED, BLOCK_O=block_o, BLOCK_I=block_i,
     )  # fmt: skip

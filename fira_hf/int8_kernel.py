@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import factors, int8
 from . import functional as F
-from .factors import DTYPES, are_aligned, table_of
+from .factors import DTYPES, are_aligned, cdiv, table_of
 from .tiles import INTERPRETED, dot, draws, pointer, rounded_by
 
 MOST, LEAST = tl.constexpr(float(int8.MOST)), tl.constexpr(float(int8.LEAST))
@@ -143,7 +143,7 @@ def apply_int8_updates(
     sides = [(A.values, (N.shape[1] * A.strides[0], A.strides[0], 1)), (Q.values, (Q.part, *Q.strides))]
     (U, of_u), (V, of_v) = reversed(sides) if turned else sides
     finfo = torch.finfo(scales[0].dtype)
-    _int8_update_kernel[triton.cdiv(rows, 64), len(weights)](
+    _int8_update_kernel[cdiv(rows, 64), len(weights)](
         table, U, V, N if B is None else B, active, rows, columns, N.shape[2], decay, finfo.eps, finfo.tiny,
         weights[0].codes.stride(0), scales[0].stride(0), *grads[0].stride(), *of_u, *of_v,
         S_DTYPE=DTYPES[scales[0].dtype], G_DTYPE=DTYPES[grads[0].dtype], HAS_B=B is not None, IS_TURNED=turned,

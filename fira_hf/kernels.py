@@ -33,7 +33,7 @@ from .code_kernels import decode as decode
 from .code_kernels import direction_of_codes as direction_of_codes
 from .code_kernels import encode as encode
 from .dense_kernel import dense_adamw as dense_adamw
-from .factors import DTYPES, about_moments, addresses_of, are_aligned, table_of
+from .factors import DTYPES, about_moments, addresses_of, are_aligned, cdiv, power_of_2, table_of
 from .int8_kernel import apply_int8_updates as apply_int8_updates
 from .scale_kernels import advance as advance
 from .scale_kernels import scales as scales
@@ -248,10 +248,6 @@ def _ranges_within(bases: Sequence[F.Basis], short: int) -> list[range]:
     return ranges if len(ranges) == len(bases) else []
 
 
-def _power_of_2(size: int, least: int, most: int) -> int:
-    return int(min(most, max(least, triton.next_power_of_2(size))))
-
-
 def project(
     grads: Sequence[Tensor], bases: Sequence[F.Basis], moments: Sequence[Whole] | None = None, beta: float = 0.0
 ) -> tuple[Tensor, Tensor]:
@@ -269,7 +265,7 @@ def project(
     # By what ptxas says for compute capabilities 8 and 9, without spilled registers and in 99 KiB of shared memory. Of
     # 64 rows, the two products of 8 warps would go from one layout to another, through shared memory.
     is_half, is_plain = dtype != torch.float32, moments is None
-    block_r = 16 if is_range else _power_of_2(rank, 16, 64 if is_plain and not is_half else 128)
+    block_r = 16 if is_range else power_of_2(rank, 16, 64 if is_plain and not is_half else 128)
     block_l, block_s = (32, 256) if is_range else (128 if is_half or is_plain else 32, 32)
     if long:
         table = table_of(grads, bases, *addresses)
@@ -278,7 +274,7 @@ def project(
             kept = dtype if is_plain or not is_half else torch.bfloat16
             Q = factors.of_bases(bases, table, 1, kept, 2 if is_half else 1)
             of_bases = [Q.values, *Q.strides, Q.part]
-        _project_kernel[1 if is_range else triton.cdiv(rank, block_r), triton.cdiv(long, block_l), len(grads)](
+        _project_kernel[1 if is_range else cdiv(rank, block_r), cdiv(long, block_l), len(grads)](
             table, of_bases[0], R, norms, long, short, rank, beta, 1 - beta**2,
             *grads[0].stride(), *of_bases[1:], *of_moments,
             G_DTYPE=DTYPES[dtype], PARTS=2 if is_half else 1, IS_RANGE=is_range,
@@ -318,11 +314,11 @@ def direction(
     M, V = stored[0], stored[-1]  # the others have one, and read no other
     N = torch.empty_like(R)
     R_norms, N_norms = R.new_empty(count, long, 1), R.new_empty(count, long, 1)
-    block_r = _power_of_2(rank, 1, rank * 2)
+    block_r = power_of_2(rank)
     block_l = max(1, 2**11 // block_r)
     if long:
         none = [0] * count
-        _direction_kernel[triton.cdiv(long, block_l), count](
+        _direction_kernel[cdiv(long, block_l), count](
             table_of(M, V, seeds[0] if seeds else none, seeds[-1] if seeds else none),
             R, N, R_norms, N_norms, active, long, rank, *betas, *(1 - b for b in betas), eps,
             DTYPE=DTYPES[M[0].dtype], ALIGNED=are_aligned(M, V),
@@ -376,7 +372,7 @@ def apply_updates(
         low_rank = [A.values, Q.values, A.strides[0], A.part, *Q.strides, Q.part]
     # With a moment each thread holds more, and smaller programs fit beside each other.
     block_l = 128 if moments is None else 64
-    _update_kernel[triton.cdiv(short, 64), triton.cdiv(long, block_l), count](
+    _update_kernel[cdiv(short, 64), cdiv(long, block_l), count](
         table, *low_rank[:2], N, N if R is None else R, N if a is None else a, N if B is None else B, active,
         long, short, rank, *low_rank[2:4], k, decay, beta, 1 - beta**2, 1 - beta,
         *weights[0].stride(), *grads[0].stride(), *low_rank[4:], *of_moments,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import functional as F
-from .factors import table_of
+from .factors import power_of_2, table_of
 
 EPS = tl.constexpr(F.EPS)
 BLOCK = 4096  # rows that are taken together
@@ -147,4 +147,4 @@ def scales(
 
 
 def _block(long: int) -> int:
-    return min(BLOCK, int(triton.next_power_of_2(max(1, long))))
+    return power_of_2(long, most=BLOCK)
