@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -63,7 +64,7 @@ class StepInBackward:
         try:
             for p in self._weights:
                 if p.requires_grad:  # torch takes no hook on another
-                    self._of_weights.append(p.register_post_accumulate_grad_hook(self._step))
+                    self._of_weights.append(p.register_post_accumulate_grad_hook(_Hook(self)))
         except BaseException:
             for handle in self._of_weights:
                 handle.remove()
@@ -195,8 +196,20 @@ class StepInBackward:
             )
 
 
+class _Hook:
+    """What autograd calls. Python's garbage collector does not see the hooks of a weight: one that held the optimizer,
+    which holds the weight, would keep weights and state in memory for good."""
+
+    def __init__(self, owner: StepInBackward) -> None:
+        self.owner = weakref.ref(owner)
+
+    def __call__(self, p: Any) -> None:
+        if (owner := self.owner()) is not None:
+            owner._step(p)
+
+
 def _owner(hook: Any) -> StepInBackward | None:
-    owner = getattr(hook, "__self__", None)
+    owner = hook.owner() if isinstance(hook, _Hook) else getattr(hook, "__self__", None)
     return owner if isinstance(owner, StepInBackward) else None
 
 

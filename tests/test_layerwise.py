@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -203,6 +204,22 @@ def test_a_loop_of_ones_own():
     assert torch.equal(*map(torch.stack, norms))
     assert_same_model(*models)
     assert_same_state(*optimizers)
+
+
+def test_what_is_dropped_is_freed():
+    """Weights and state of an earlier trial or cell: at 7B they are most of what a card holds."""
+    model = build_llama()
+    optimizer = get_fira_optimizer(model, FiraConfig(rank=4))
+    step_in_backward(optimizer)
+    for tokens in batches(2):
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    kept = [*model.parameters(), *(state["exp_avg"] for state in optimizer.state.values())]
+    assert all(p.grad is None for p in model.parameters())
+    left = [weakref.ref(one) for one in (optimizer, *kept)]
+    del model, optimizer, kept
+    gc.collect()
+    assert not [one for one in left if one() is not None]
 
 
 def test_what_backward_does_not_reach_is_left_to_step():
