@@ -1,4 +1,4 @@
-"""Stepping each weight inside backward, as soon as its gradient is complete, and freeing the gradient."""
+"""Stepping weights inside backward, as soon as their gradients are complete, and freeing the gradients."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ from .optimizer import FiraAdamW
 from .state import first_states
 from .wrappers import unwrapped
 
+# Bytes of gradients that are held until their weights are stepped together. Where the host only starts what a device
+# does, it takes as long for one matrix as for many of its shape.
+HELD = {"cpu": 0}
+HELD_ELSEWHERE = 2**26
 END = -1  # what the processes compare at the end of a step, where in backward it is the place of a weight
 
 
@@ -26,8 +30,10 @@ class StepInBackward:
     def __init__(self, optimizer: FiraAdamW, when: Callable[[], bool], group: dist.ProcessGroup | None) -> None:
         self._optimizer, self._when, self._group = optimizer, when, group
         self._first: dict[Any, dict[str, Any]] | None = None
-        # The norm of the gradient of each weight that has been stepped since the last `optimizer.step()`.
+        # The norm of the gradient of each weight that has come since the last `optimizer.step()`.
         self._norms: dict[Any, Tensor] = {}
+        # Those of them that are yet to be stepped, by what the threads of backward do not share: device and stream.
+        self._held: dict[Any, list[Any]] = {}
         # Whether a backward pass that has stepped weights has not ended: it runs, or something broke it off.
         self._is_open = False
         # Weight -> its group and its place among all. Not the group itself: load_state_dict makes new ones.
@@ -125,23 +131,45 @@ class StepInBackward:
         add_up_gradients([p])
         if p.grad.is_sparse:  # which gradients are to come was not known above
             self._optimizer.check_step(self._optimizer.param_groups[group], [p])
-        is_new = not self._optimizer.state.get(p)
-        if is_new and self._first is None:
-            self._first = first_states(self._optimizer.param_groups)
-        owner = self._optimizer.param_groups[group]
         self._norms[p] = torch.linalg.vector_norm(p.grad)
-        self._optimizer.step_one(owner, p, self._first if is_new else None)
-        p.grad = None
+        held = self._held.setdefault((p.device, torch.cuda.current_stream(p.device) if p.is_cuda else None), [])
+        most, size = HELD.get(p.device.type, HELD_ELSEWHERE), p.grad.nbytes
+        if size + sum(other.grad.nbytes for other in held) > most:
+            self._step_held(held)
+        held.append(p)
+        if size >= most:
+            self._step_held(held)
 
+    def _step_held(self, held: list[Any]) -> None:
+        """Those of a projected group go together. Another weight is passed over by itself if its gradient is not
+        finite."""
+        groups = self._optimizer.param_groups
+        together: dict[Any, list[Any]] = {}
+        for p in held:
+            group = self._weights[p][0]
+            together.setdefault(group if "rank" in groups[group] else p, []).append(p)
+        for weights in together.values():
+            is_new = not all(self._optimizer.state.get(p) for p in weights)
+            if is_new and self._first is None:
+                self._first = first_states(groups)
+            self._optimizer.step_some(groups[self._weights[weights[0]][0]], weights, self._first if is_new else None)
+            for p in weights:
+                p.grad = None
+        held.clear()
+
+    @torch.no_grad()
     def _after_backward(self) -> None:
+        for held in self._held.values():
+            self._step_held(held)
         self._is_open = False
 
     def _refuse_half_a_step(self, *_: Any) -> None:
         if self._is_open:
             raise RuntimeError(
-                f"{len(self._norms)} of {len(self._weights)} weights were stepped in a backward pass that was broken "
-                "off, or that no optimizer.step() followed. Load weights and optimizer from the last checkpoint (in "
-                "the Trainer: resume_from_checkpoint=...), or begin with a new model and a new optimizer."
+                f"{len(self._norms)} of {len(self._weights)} weights were stepped, or about to be, in a backward pass "
+                "that was broken off, or that no optimizer.step() followed. Load weights and optimizer from the last "
+                "checkpoint (in the Trainer: resume_from_checkpoint=...), or begin with a new model and a new "
+                "optimizer."
             )
 
     def _before_step(self, *_: Any) -> None:
@@ -164,6 +192,9 @@ class StepInBackward:
         """With the weights, which come from the same checkpoint, the step that was broken off is gone."""
         self._is_open = False
         self._norms.clear()
+        for p in (p for held in self._held.values() for p in held):  # of the backward pass that was broken off
+            p.grad = None
+        self._held.clear()
         self._first = None
         if not self._order_is_known:
             self._order.clear()
@@ -222,6 +253,8 @@ def step_in_backward(
     optimizer: Any, when: Callable[[], bool] = lambda: True, group: dist.ProcessGroup | None = None
 ) -> StepInBackward:
     """Makes `backward()` step each weight of the optimizer when its gradient is complete, and free the gradient.
+
+    On a GPU up to 64 MiB of gradients are held, so that the host starts the steps of several weights together.
 
     The training loop stays as it is. `optimizer.step()` ends the step; it steps only weights that the hooks did not
     reach, as one whose last gradient came from an earlier micro-batch. The learning rate of a step is that at its

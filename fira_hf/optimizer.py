@@ -222,9 +222,9 @@ class FiraAdamW(torch.optim.Optimizer):
                 )
             self._passed[id(p)] = seen
 
-    def step_one(self, group: dict[str, Any], p: Any, first: dict[Any, dict[str, Any]] | None) -> None:
-        """The step of a parameter of a group that `check_step` has passed; `first` where it has no state yet."""
-        self._write(group, [p], self._prepare(group, [p], first))
+    def step_some(self, group: dict[str, Any], parameters: list[Any], first: dict[Any, dict[str, Any]] | None) -> None:
+        """The step of parameters of a group that `check_step` has passed; `first` where one has no state yet."""
+        self._write(group, parameters, self._prepare(group, parameters, first))
 
     @F.fp32_products()
     def _prepare(

@@ -204,6 +204,16 @@ def token_dataset() -> list[dict[str, torch.Tensor]]:
     return build_tokens()
 
 
+@pytest.fixture(params=[0, 2**14], ids=["one by one", "held"])
+def held(request, monkeypatch) -> int:
+    """Bytes of gradients that layerwise holds, to step weights together as on a GPU; a layer of `build_llama` has
+    more."""
+    from fira_hf import layerwise
+
+    monkeypatch.setitem(layerwise.HELD, "cpu", request.param)
+    return request.param
+
+
 @pytest.fixture
 def make_trainer(tmp_path, monkeypatch) -> Callable:
     """`make_trainer(model=None, callbacks=None, ..., **TrainingArguments)` -> Trainer."""

@@ -115,7 +115,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_every_bit_is_that_of_fira(make_trainer, case):
+def test_every_bit_is_that_of_fira(make_trainer, held, case):
     runs = [trained(make_trainer, optim, **case) for optim in ("fira", NAME)]
     one, other = runs
     assert_same_model(one.model, other.model)
@@ -176,7 +176,7 @@ def batches(count):
     return [torch.stack([row["input_ids"] for row in build_tokens(2, seed=seed)]) for seed in range(count)]
 
 
-def test_a_loop_of_ones_own():
+def test_a_loop_of_ones_own(held):
     """Schedule, accumulation by `when`, the norm of the gradients, and back to ordinary steps."""
     models, optimizers, norms = [], [], []
     is_last = [True]
@@ -206,7 +206,7 @@ def test_a_loop_of_ones_own():
     assert_same_state(*optimizers)
 
 
-def test_what_is_dropped_is_freed():
+def test_what_is_dropped_is_freed(held):
     """Weights and state of an earlier trial or cell: at 7B they are most of what a card holds."""
     model = build_llama()
     optimizer = get_fira_optimizer(model, FiraConfig(rank=4))
@@ -222,7 +222,7 @@ def test_what_is_dropped_is_freed():
     assert not [one for one in left if one() is not None]
 
 
-def test_what_backward_does_not_reach_is_left_to_step():
+def test_what_backward_does_not_reach_is_left_to_step(held):
     """A weight without a gradient stays; one whose gradient is from an earlier micro-batch is stepped by `step()`."""
     model = nn.ModuleDict({name: nn.Linear(8, 8, bias=False) for name in ("always", "early", "never")})
     optimizer = FiraAdamW([{"params": model.parameters(), "rank": 4}], lr=1e-2)
@@ -256,7 +256,7 @@ def test_a_closure():
 
 
 @pytest.mark.parametrize("rank", [None, 4], ids=["dense", "projected"])
-def test_a_gradient_that_is_not_finite_passes_over_its_own_weight_only(rank):
+def test_a_gradient_that_is_not_finite_passes_over_its_own_weight_only(held, rank):
     def run(layerwise):
         weights = [nn.Parameter(torch.ones(8, 8)) for _ in range(3)]
         optimizer = FiraAdamW([{"params": weights} | ({"rank": rank} if rank else {})], lr=1e-2)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes import errors, files, report
+from recipes.benchmarks.gpu_table import GIB
 from recipes.benchmarks.quality import plots
 from recipes.benchmarks.quality import report as quality
 from recipes.benchmarks.quality.train import POINTS
@@ -256,13 +257,31 @@ def cost_table(content: dict[str, Any]) -> str:
 
 
 def gpu_table(content: dict[str, Any]) -> str:
-    """Of what `recipes.benchmarks.gpu` wrote: the checks of the kernels, or steps beside those of fused AdamW."""
+    """Of what `recipes.benchmarks.gpu` wrote: the checks of the kernels, steps beside those of fused AdamW, tokens per
+    second of training, or memory at its peak."""
     if "checks" in content:
         checks = [
             [name, str(found["right"]), str(len(found["wrong"])), str(found["not_reached"])]
             for name, found in content["checks"].items()
         ]
         return markdown(["kernel", "cases right", "wrong", "not reached in time"], checks)
+    if content["part"] == "trainer":
+        speeds = [
+            [f"{name.split()[0].upper()}, {name.split()[1]}", method, f"{found['tokens_per_second']:,.0f}"]
+            + [f"{found['tokens_per_second'] / base:.2f}"]
+            + [f"{found[key] / GIB:.2f}" for key in ("peak_bytes", "predicted_bytes")]
+            for name, row in content["cells"].items()
+            for base in [row["methods"]["adamw-full"]["tokens_per_second"]]
+            for method, found in row["methods"].items()
+        ]
+        header = ["LLaMA", "", "tokens/s", "of AdamW", "peak, GiB", "predicted, GiB"]
+        return markdown(header, speeds)
+    if content["part"] == "memory":
+        peaks = [
+            [name, str(row["rank"]), *(f"{row[key] / GIB:.2f}" for key in ("measured_bytes", "predicted_bytes"))]
+            for name, row in content["cells"].items()
+        ]
+        return markdown(["method", "rank", "peak of a training step, GiB", "predicted, GiB"], peaks)
     steps, launches = [], []
     for name, row in content["cells"].items():
         size, dtype = name.split(",")[0].split()
