@@ -73,7 +73,6 @@ def test_every_method_trains_and_keeps_the_state_that_is_told_of_it(name, data):
         "frugal": 4 * (2 * 32 + 1) * 8 + 2 * (2 * 88 + 1) * 8 + (2 * 32 + 1) * 22,
     }
     low_rank |= dict.fromkeys([n for n in METHODS if n.startswith("fira-hf")], low_rank["fira-hf"])
-    low_rank["frugal-small"] = low_rank["frugal"]
     del low_rank["fira-hf-half-int8"]  # bytes; below
     if name in low_rank:
         assert found["state_bytes"] == 4 * low_rank[name]

@@ -80,10 +80,17 @@ def by_tokens(content: dict[str, Any]) -> Figure:
 
 
 def by_state(content: dict[str, Any]) -> Figure:
-    """Loss over bytes of state a weight; the line is the front: the lowest loss within so many bytes."""
-    figure, places = panels(content, 5.4, columns=2, extra=2.0)
+    """Loss over bytes of state a weight; the line is the front: the lowest loss within so many bytes. What is further
+    behind AdamW than AdamW is behind the best is named alone."""
+    figure, places = panels(content, 5.9, columns=2, extra=2.0)
     for axis, regime in places:
         found = sorted(finite(content, regime), key=lambda one: one.bytes_a_weight)
+        highest = 2 * _first_of_adamw(found) - min((one.first for one in found), default=0.0)
+        beyond = [f"{one.label} {one.first:.2f}" for one in found if one.first > highest]
+        found = [one for one in found if one.first <= highest]
+        if beyond:
+            above = f"above: {', '.join(beyond)}"
+            axis.text(0.98, 0.98, above, transform=axis.transAxes, ha="right", va="top", fontsize=8)
         points = [(max(one.bytes_a_weight, NOTHING), one.first) for one in found]
         for one, (x, y) in zip(found, points, strict=True):
             spread = [[y - min(one.losses.values())], [max(one.losses.values()) - y]]
@@ -104,6 +111,10 @@ def by_state(content: dict[str, Any]) -> Figure:
         axis.grid(alpha=0.3)
         label(axis, [(x, y, one.label, one.ours) for one, (x, y) in zip(found, points, strict=True)])
     return figure
+
+
+def _first_of_adamw(found: list[Outcome]) -> float:
+    return next((one.first for one in found if one.name == ADAMW), math.inf)
 
 
 def label(axis: Axes, points: list[tuple[float, float, str, bool]]) -> None:
