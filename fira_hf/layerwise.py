@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +27,14 @@ HELD_ELSEWHERE = 2**26
 END = -1  # what the processes compare at the end of a step, where in backward it is the place of a weight
 
 
+@dataclass
+class _Held:
+    """Weights whose gradients are complete, and the bytes of these."""
+
+    weights: list[Any] = field(default_factory=list)
+    size: int = 0
+
+
 class StepInBackward:
     """The hooks that `step_in_backward` has put on the weights of an optimizer."""
 
@@ -32,10 +43,10 @@ class StepInBackward:
         self._first: dict[Any, dict[str, Any]] | None = None
         # The norm of the gradient of each weight that has come since the last `optimizer.step()`.
         self._norms: dict[Any, Tensor] = {}
-        # Those of them that are yet to be stepped, by what the threads of backward do not share: device and stream.
-        self._held: dict[Any, list[Any]] = {}
-        # Whether a backward pass that has stepped weights has not ended: it runs, or something broke it off.
-        self._is_open = False
+        # Backward passes that have stepped weights and have not ended: they run, or something broke them off. Of each
+        # what is yet to be stepped, by what its threads do not share: device and stream.
+        self._open: dict[int, dict[Any, _Held]] = {}
+        self._is_half_removed = False
         # Weight -> its group and its place among all. Not the group itself: load_state_dict makes new ones.
         owners = [(p, g) for g, owner in enumerate(optimizer.param_groups) for p in owner["params"]]
         self._weights = {p: (g, place) for place, (p, g) in enumerate(owners)}
@@ -46,7 +57,9 @@ class StepInBackward:
             earlier._refuse_half_a_step()
             raise ValueError("The weights of this optimizer are stepped in backward already: remove() comes first.")
         for p in self._weights:
-            if any(map(_owner, (p._post_accumulate_grad_hooks or {}).values())):
+            if _is_stepped(p):
+                gc.collect()  # of an optimizer that was dropped
+            if _is_stepped(p):
                 raise ValueError(
                     "Another optimizer steps these weights in backward already: call remove() of what its "
                     "step_in_backward returned, or make the model anew."
@@ -91,10 +104,18 @@ class StepInBackward:
         for handle in self._of_weights:
             handle.remove()
         self._of_weights.clear()
-        self._is_open |= bool(self._norms)
+        if torch._C._current_graph_task_id() == -1:  # not from within backward, which would end as ever
+            for p in self._norms:
+                p.grad = None
+            self._is_half_removed |= bool(self._norms)
+            self._open.clear()
         if not self._is_open:
             for handle in [*self._of_steps, self._of_loading]:
                 handle.remove()
+
+    @property
+    def _is_open(self) -> bool:
+        return self._is_half_removed or bool(self._open)
 
     def grad_norm(self, parameters: Iterable[Tensor]) -> Tensor:
         """The norm (0-dim) of all gradients of this step, those that are gone included; before `optimizer.step()`."""
@@ -112,12 +133,14 @@ class StepInBackward:
     def _step(self, p: Any) -> None:
         if not self._when():
             return
+        task = torch._C._current_graph_task_id()
         if not self._is_open:
             for owner in self._optimizer.param_groups:
                 self._optimizer.check_step(owner, [weight for weight in owner["params"] if weight.requires_grad])
+        if task not in self._open:
             # What torch calls when a backward pass ends, and does not where an error breaks it off.
-            self._is_open = True
-            Variable._execution_engine.queue_callback(self._after_backward)
+            Variable._execution_engine.queue_callback(functools.partial(self._after_backward, task))
+            self._open[task] = {}
         if p in self._norms:
             raise RuntimeError(
                 f"A second gradient came to a weight of shape {tuple(p.shape)} that has been stepped, before "
@@ -132,22 +155,25 @@ class StepInBackward:
         if p.grad.is_sparse:  # which gradients are to come was not known above
             self._optimizer.check_step(self._optimizer.param_groups[group], [p])
         self._norms[p] = torch.linalg.vector_norm(p.grad)
-        held = self._held.setdefault((p.device, torch.cuda.current_stream(p.device) if p.is_cuda else None), [])
+        where = (p.device, torch.cuda.current_stream(p.device) if p.is_cuda else None)
+        held = self._open[task].setdefault(where, _Held())
         most, size = HELD.get(p.device.type, HELD_ELSEWHERE), p.grad.nbytes
-        if size + sum(other.grad.nbytes for other in held) > most:
+        if held.size + size > most:
             self._step_held(held)
-        held.append(p)
-        if size >= most:
+        held.weights.append(p)
+        held.size += size
+        if held.size >= most:
             self._step_held(held)
 
-    def _step_held(self, held: list[Any]) -> None:
+    def _step_held(self, held: _Held) -> None:
         """Those of a projected group go together. Another weight is passed over by itself if its gradient is not
         finite."""
         groups = self._optimizer.param_groups
         together: dict[Any, list[Any]] = {}
-        for p in held:
-            group = self._weights[p][0]
-            together.setdefault(group if "rank" in groups[group] else p, []).append(p)
+        for p in held.weights:
+            if p.grad is not None:  # which a hook of someone else may have freed
+                group = self._weights[p][0]
+                together.setdefault(group if "rank" in groups[group] else p, []).append(p)
         for weights in together.values():
             is_new = not all(self._optimizer.state.get(p) for p in weights)
             if is_new and self._first is None:
@@ -155,13 +181,13 @@ class StepInBackward:
             self._optimizer.step_some(groups[self._weights[weights[0]][0]], weights, self._first if is_new else None)
             for p in weights:
                 p.grad = None
-        held.clear()
+        held.weights, held.size = [], 0
 
     @torch.no_grad()
-    def _after_backward(self) -> None:
-        for held in self._held.values():
+    def _after_backward(self, task: int) -> None:
+        for held in self._open.get(task, {}).values():
             self._step_held(held)
-        self._is_open = False
+        self._open.pop(task, None)
 
     def _refuse_half_a_step(self, *_: Any) -> None:
         if self._is_open:
@@ -172,9 +198,13 @@ class StepInBackward:
                 "optimizer."
             )
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._refuse_half_a_step()
         if self._group is not None:
+            if any(x is not None for x in (*args[1:], *kwargs.values())):
+                raise RuntimeError(
+                    "The processes end a step together in optimizer.step(), after backward: call it without a closure."
+                )
             self._check_order(END)
             left = [p for owner in self._optimizer.param_groups for p in owner["params"] if p.grad is not None]
             if left:
@@ -190,11 +220,11 @@ class StepInBackward:
 
     def _after_loading(self, *_: Any) -> None:
         """With the weights, which come from the same checkpoint, the step that was broken off is gone."""
-        self._is_open = False
-        self._norms.clear()
-        for p in (p for held in self._held.values() for p in held):  # of the backward pass that was broken off
+        for p in self._norms:  # of a backward pass that was broken off
             p.grad = None
-        self._held.clear()
+        self._norms.clear()
+        self._open.clear()
+        self._is_half_removed = False
         self._first = None
         if not self._order_is_known:
             self._order.clear()
@@ -237,6 +267,10 @@ class _Hook:
     def __call__(self, p: Any) -> None:
         if (owner := self.owner()) is not None:
             owner._step(p)
+
+
+def _is_stepped(p: Any) -> bool:
+    return any(map(_owner, (p._post_accumulate_grad_hooks or {}).values()))
 
 
 def _owner(hook: Any) -> StepInBackward | None:

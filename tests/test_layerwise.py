@@ -427,7 +427,13 @@ def other_order(steps_alike):
         second(first(torch.ones(1, 4))).sum().backward()
         optimizer.step()
 
-found["errors"] = [error(no_group), error(lambda: other_order(0)), error(lambda: other_order(2))]
+def closure():
+    optimizer = FiraAdamW(nn.Linear(4, 4).parameters())
+    step_in_backward(optimizer, group=dist.group.WORLD)
+    optimizer.step(lambda: None)
+
+orders = [error(lambda: other_order(0)), error(lambda: other_order(2))]
+found["errors"] = [error(no_group), *orders, error(closure)]
 torch.save(found, f"{output}/found{dist.get_rank()}.pt")
 """
 
@@ -453,7 +459,7 @@ def test_two_processes(tmp_path):
     assert torch.equal(first[0]["weights"], first[2]["weights"]) and first[0]["norms"] == first[2]["norms"]
     assert (first[0]["weights"] - first[1]["weights"]).norm() <= 1e-5 * (first[1]["weights"] - start).norm()
     assert first[0]["norms"] == pytest.approx(first[1]["norms"], rel=1e-5) and min(first[0]["norms"]) > 0
-    no_group, at_first, later = of_second["errors"]
+    no_group, at_first, later, closure = of_second["errors"]
     assert "group=None" in no_group and found["errors"][0] == no_group
     assert "order" in at_first and found["errors"][1] == at_first
-    assert "order" in later
+    assert "order" in later and "without a closure" in closure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -291,3 +292,72 @@ def test_a_weight_that_was_resized_is_refused_before_any_is_stepped(tiny_llama):
         backward()
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
     hooks.remove()
+
+
+class Branches(nn.Module):
+    """Two heads on one trunk: a backward pass reaches the trunk and one of them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.one, self.other = (nn.Linear(8, 8, bias=False) for _ in range(3))
+
+    def loss(self, head):
+        return head(self.trunk(torch.ones(2, 8))).square().sum()
+
+
+def test_another_branch_after_a_step_that_was_broken_off():
+    """As where a loop goes on with the next batch when memory has run out."""
+    model = Branches()
+    optimizer = FiraAdamW([{"params": list(model.parameters()), "rank": 4}], lr=1e-2)
+    step_in_backward(optimizer)
+    Break(model.trunk.weight, OUT_OF_MEMORY)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model.loss(model.one).backward()
+    optimizer.zero_grad()
+    model.loss(model.other).backward()
+    with pytest.raises(RuntimeError, match=HALF):
+        optimizer.step()
+
+
+def test_no_gradient_of_a_step_that_was_broken_off_is_left_to_a_new_optimizer():
+    runs = []
+    for breaks in (False, True):
+        model, optimizer, hooks, (weights, _) = begun()
+        if breaks:
+            broken(model, OUT_OF_MEMORY)
+        hooks.remove()
+        model.load_state_dict(weights)
+        optimizer = get_fira_optimizer(model, FiraConfig(rank=4, lr=1e-2))
+        hooks = step_in_backward(optimizer)
+        backward(model, build_tokens(1, seed=6)[0])
+        optimizer.step()
+        runs.append(flat(model))
+    assert torch.equal(*runs)
+
+
+def whole_pass(model):
+    model(torch.ones(2, 32)).square().sum().backward()
+
+
+def test_backward_passes_in_two_threads():
+    """Each of its own weights, as pipelines do."""
+    runs = []
+    for together in (False, True):
+        torch.manual_seed(0)
+        models = [nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(16))) for _ in range(2)]
+        weights = [p for model in models for p in model.parameters()]
+        optimizer = FiraAdamW([{"params": weights, "rank": 4}], lr=1e-2)
+        step_in_backward(optimizer)
+        for _ in range(3):
+            passes = [threading.Thread(target=whole_pass, args=(model,)) for model in models]
+            for one in passes:
+                one.start()
+                if not together:
+                    one.join()
+            for one in passes:
+                one.join()
+            optimizer.step()
+        assert {int(optimizer.state[p]["step"]) for p in weights} == {3}
+        runs.append(torch.cat([p.detach().flatten() for p in weights]))
+    assert torch.equal(*runs)
