@@ -46,6 +46,7 @@ class StepInBackward:
         # Backward passes that have stepped weights and have not ended: they run, or something broke them off. Of each
         # what is yet to be stepped, by what its threads do not share: device and stream.
         self._open: dict[int, dict[Any, _Held]] = {}
+        # Whether `remove()` came between a backward pass and `optimizer.step()`.
         self._is_half_removed = False
         # Weight -> its group and its place among all. Not the group itself: load_state_dict makes new ones.
         owners = [(p, g) for g, owner in enumerate(optimizer.param_groups) for p in owner["params"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 
 import pytest
@@ -69,6 +70,19 @@ def test_weights_that_another_optimizer_steps_are_refused():
     step_in_backward(second)
     model(input_ids=tokens, labels=tokens).loss.backward()
     second.step()
+
+
+def test_an_optimizer_that_was_dropped_is_not_in_the_way():
+    """Whether or not Python has collected it yet."""
+    model = build_llama()
+    gc.disable()
+    try:
+        for _ in range(2):
+            optimizer = get_fira_optimizer(model, FiraConfig(rank=4))
+            step_in_backward(optimizer)
+            del optimizer
+    finally:
+        gc.enable()
 
 
 def test_a_loop_that_is_not_the_trainers_is_told_what_to_call(tmp_path):
