@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recipes import files
-from recipes.benchmarks import cost, report
+from recipes.benchmarks import cost, counting, report
 from recipes.benchmarks.models import SIZES
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +20,7 @@ BF16 = torch.bfloat16
 
 def cost_of(function, *tensors):
     """Cost of a function of tensors; what it gives is not computed."""
-    with cost.counting(with_kernels=True) as counter:
+    with counting.counting(with_kernels=True) as counter:
         function(*tensors)
     return counter.cost
 
@@ -28,20 +28,20 @@ def cost_of(function, *tensors):
 def test_each_operation_by_hand():
     """4 x 6 times 6 x 2 in bf16; a row of 6 in fp32. Views, allocations and host arithmetic cost nothing."""
     G, Q, row = torch.ones(4, 6, dtype=BF16), torch.ones(6, 2, dtype=BF16), torch.ones(1, 6)
-    assert cost_of(lambda: (G.t()[1:].unbind(), G.view(2, 12), torch.empty(9), torch.empty_like(G))) == cost.Cost()
-    assert cost_of(lambda: G @ Q) == cost.Cost(1, 2 * (24 + 12 + 8), bf16=2 * 4 * 6 * 2)
-    assert cost_of(lambda: G.float() @ Q.float()) == cost.Cost(3, (2 + 4 + 4) * (24 + 12) + 4 * 8, fp32=96)
-    assert cost_of(lambda: row.mul_(2.0)) == cost.Cost(1, 2 * 24)  # read and written
-    assert cost_of(lambda: row.copy_(row.clone())) == cost.Cost(2, 2 * 2 * 24)  # written only
-    assert cost_of(lambda: torch.mm(row, row.t(), out=torch.empty(1, 1))) == cost.Cost(1, 24 + 24 + 4, fp32=12)
-    assert cost_of(lambda: row.expand(4, 6) + row) == cost.Cost(1, 24 + 24 + 4 * 24)  # an expanded row is one row
-    assert cost_of(lambda: row * row) == cost.Cost(1, 2 * 24)  # the same tensor twice is read once
+    assert cost_of(lambda: (G.t()[1:].unbind(), G.view(2, 12), torch.empty(9), torch.empty_like(G))) == counting.Cost()
+    assert cost_of(lambda: G @ Q) == counting.Cost(1, 2 * (24 + 12 + 8), bf16=2 * 4 * 6 * 2)
+    assert cost_of(lambda: G.float() @ Q.float()) == counting.Cost(3, (2 + 4 + 4) * (24 + 12) + 4 * 8, fp32=96)
+    assert cost_of(lambda: row.mul_(2.0)) == counting.Cost(1, 2 * 24)  # read and written
+    assert cost_of(lambda: row.copy_(row.clone())) == counting.Cost(2, 2 * 2 * 24)  # written only
+    assert cost_of(lambda: torch.mm(row, row.t(), out=torch.empty(1, 1))) == counting.Cost(1, 24 + 24 + 4, fp32=12)
+    assert cost_of(lambda: row.expand(4, 6) + row) == counting.Cost(1, 24 + 24 + 4 * 24)  # an expanded row is one row
+    assert cost_of(lambda: row * row) == counting.Cost(1, 2 * 24)  # the same tensor twice is read once
     assert cost_of(lambda: torch.linalg.svd(torch.empty(6, 4))).fp32 == 6 * 6 * 16 + 20 * 64
 
 
 def test_nothing_runs_and_a_read_has_an_answer():
     weight = torch.ones(3)
-    with cost.counting(with_kernels=True) as counter:
+    with counting.counting(with_kernels=True) as counter:
         counter.steps = 7
         weight.zero_()
         assert weight.sum().item() == 7.0 and weight.isfinite().tolist() == [True] * 3
@@ -65,7 +65,7 @@ def test_nothing_runs_and_a_read_has_an_answer():
 )
 def test_lists_of_tensors_take_several_launches(sizes, lists, launches):
     """By torch's rule: so many tensors, and so many parts of them, in one launch."""
-    assert cost.multi_tensor_launches(sizes, lists) == launches
+    assert counting.multi_tensor_launches(sizes, lists) == launches
 
 
 def test_fused_adamw_is_what_the_formula_says():
@@ -105,20 +105,20 @@ def test_what_stands_for_the_kernels_counts_its_arguments():
     """One 8 x 4 matrix of rank 2 with its gradient, in bf16: each argument once, what is in place twice."""
     W, G = torch.empty(8, 4, dtype=BF16), torch.empty(8, 4, dtype=BF16)
     Q, moments = torch.empty(4, 2), [[torch.empty(8, 2)], [torch.empty(8, 2)]]
-    with cost.counting(with_kernels=True) as counter:
-        kernels = cost.Kernels(counter)
+    with counting.counting(with_kernels=True) as counter:
+        kernels = counting.Kernels(counter)
         R, norms = kernels.project([G], [Q])
         assert (R.shape, norms.shape) == ((1, 8, 2), (1, 8, 1))
         in_two = 2 * 2 * 4 * 16  # of rows of two elements each, which are filled up to 16
-        assert counter.cost == cost.Cost(3, 2 * 32 + 4 * (8 + 16 + 8) + 2 * in_two, bf16=2 * 128)
-        counter.cost = cost.Cost()
+        assert counter.cost == counting.Cost(3, 2 * 32 + 4 * (8 + 16 + 8) + 2 * in_two, bf16=2 * 128)
+        counter.cost = counting.Cost()
         N, R_norms, N_norms = kernels.direction("adamw", R, moments, (0.9, 0.999), 1e-6, torch.ones(1), None)
         assert (N.shape, R_norms.shape, N_norms.shape) == (R.shape, norms.shape, norms.shape)
         assert counter.cost.bytes == 4 * (16 + 2 * 2 * 16 + 16 + 2 * 8) + 4 + 4  # torch.ones is counted, too
-        counter.cost = cost.Cost()
+        counter.cost = counting.Cost()
         kernels.apply_updates([W], [G], N, R, R.new_empty(1, 1, 1), 1.0, norms, [Q], 1.0, None, None)
         factors = 2 * 16 * (8 + 4)  # B is read for the one and for the other
-        assert counter.cost == cost.Cost(4, 3 * 2 * 32 + 4 * (16 + 16 + 1 + 8 + 8 + 8) + 2 * factors, bf16=128)
+        assert counter.cost == counting.Cost(4, 3 * 2 * 32 + 4 * (16 + 16 + 1 + 8 + 8 + 8) + 2 * factors, bf16=128)
         assert kernels.transposed_products([G], R).shape == (1, 4, 2)
         with pytest.raises(AttributeError, match="stand-in for fira_hf.kernels.other"):
             kernels.other  # noqa: B018
@@ -131,14 +131,14 @@ def test_what_stands_for_the_kernels_takes_their_arguments():
         tree = ast.parse((ROOT / f"fira_hf/{module}.py").read_text(encoding="utf-8"))
         kernels |= {function.name: function.args for function in tree.body if isinstance(function, ast.FunctionDef)}
     for name in ("project", "transposed_products", "direction", "advance", "scales", "apply_updates"):
-        given = inspect.signature(getattr(cost.Kernels, name)).parameters.values()
+        given = inspect.signature(getattr(counting.Kernels, name)).parameters.values()
         named = [p.name for p in given if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
         assert [argument.arg for argument in kernels[name].args][: len(named)] == named, name
 
 
 def test_the_larger_of_host_and_device():
-    device = cost.Device(bandwidth=100, fp32=10, tf32=20, bf16=40)
-    seconds = cost.Cost(launches=10**6, bytes=50, fp32=5, tf32=5, bf16=10).seconds(device)
+    device = counting.Device(bandwidth=100, fp32=10, tf32=20, bf16=40)
+    seconds = counting.Cost(launches=10**6, bytes=50, fp32=5, tf32=5, bf16=10).seconds(device)
     assert seconds == {"host": 4.0, "device": 0.5 + 0.5 + 0.25 + 0.25, "step": 4.0}
 
 
@@ -151,7 +151,7 @@ def test_the_command_writes_rows_and_the_table_shows_them(tmp_path, monkeypatch,
     methods = f"floor;{cost.REFERENCE};galore-torch;apollo-torch"
     assert cost.main(["--sizes", "tiny", "--methods", methods, "--output", str(path)]) == 0
     content = json.loads(path.read_text())
-    assert content["devices"].keys() == cost.DEVICES.keys() and content["launch_seconds"] == 4e-6
+    assert content["devices"].keys() == counting.DEVICES.keys() and content["launch_seconds"] == 4e-6
     lines = report.cost_table(content).splitlines()
     assert "| TINY, rank 16 | apollo-torch | not installed |" in "\n".join(lines)
     (times,) = (line for line in lines if f"| {cost.REFERENCE} | 0.0 |" in line)
