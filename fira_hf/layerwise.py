@@ -169,17 +169,18 @@ class StepInBackward:
     def _step_held(self, held: _Held) -> None:
         """Those of a projected group go together. Another weight is passed over by itself if its gradient is not
         finite."""
-        groups = self._optimizer.param_groups
         together: dict[Any, list[Any]] = {}
         for p in held.weights:
             if p.grad is not None:  # which a hook of someone else may have freed
                 group = self._weights[p][0]
-                together.setdefault(group if "rank" in groups[group] else p, []).append(p)
-        for weights in together.values():
+                alone = None if "rank" in self._optimizer.param_groups[group] else p
+                together.setdefault((group, alone), []).append(p)
+        for (group, _), weights in together.items():
             is_new = not all(self._optimizer.state.get(p) for p in weights)
             if is_new and self._first is None:
-                self._first = first_states(groups)
-            self._optimizer.step_some(groups[self._weights[weights[0]][0]], weights, self._first if is_new else None)
+                self._first = first_states(self._optimizer.param_groups)
+            owner = self._optimizer.param_groups[group]
+            self._optimizer.step_some(owner, weights, self._first if is_new else None)
             for p in weights:
                 p.grad = None
         held.weights, held.size = [], 0

@@ -24,6 +24,8 @@ from recipes.benchmarks.quality import report as quality
 from recipes.benchmarks.quality.train import POINTS
 from recipes.benchmarks.ranks import KINDS, SHOWN
 
+SPEEDS = ["tokens/s", "of AdamW", "peak, GiB", "predicted peak, GiB"]
+
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(report.markdown([header, *rows]))
@@ -113,19 +115,22 @@ def ranks_table(content: dict[str, Any]) -> str:
 
 
 def train_table(content: dict[str, Any]) -> str:
-    found = content["methods"]
+    return markdown(["method", *SPEEDS], speeds(content["methods"]))
+
+
+def speeds(found: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Rows of methods and their `SPEEDS`."""
     base = found.get("adamw-full", {}).get("tokens_per_second")
     rows = []
     for name, row in found.items():
         keys = ("peak_bytes", "predicted_bytes")
-        memory = [f"{row[key] / 2**30:.2f}" if row.get(key) else "" for key in keys]
+        memory = [f"{row[key] / GIB:.2f}" if row.get(key) else "" for key in keys]
         if "error" in row:
             rows.append([name, f"fails: {row['error'][:80]}", "", *memory])
         else:
             speed = row["tokens_per_second"]
             rows.append([name, f"{speed:,.0f}", f"{speed / base:.2f}" if base else "", *memory])
-    header = ["method", "tokens/s", "of AdamW", "peak, GiB", "predicted peak, GiB"]
-    return markdown(header, rows)
+    return rows
 
 
 def bytes_table(content: dict[str, Any]) -> str:
@@ -266,16 +271,9 @@ def gpu_table(content: dict[str, Any]) -> str:
         ]
         return markdown(["kernel", "cases right", "wrong", "not reached in time"], checks)
     if content["part"] == "trainer":
-        speeds = [
-            [f"{name.split()[0].upper()}, {name.split()[1]}", method, f"{found['tokens_per_second']:,.0f}"]
-            + [f"{found['tokens_per_second'] / base:.2f}"]
-            + [f"{found[key] / GIB:.2f}" for key in ("peak_bytes", "predicted_bytes")]
-            for name, row in content["cells"].items()
-            for base in [row["methods"]["adamw-full"]["tokens_per_second"]]
-            for method, found in row["methods"].items()
-        ]
-        header = ["LLaMA", "", "tokens/s", "of AdamW", "peak, GiB", "predicted, GiB"]
-        return markdown(header, speeds)
+        models = [(name.split(), row["methods"]) for name, row in content["cells"].items()]
+        rows = [[f"{size.upper()}, {dtype}", *one] for (size, dtype), methods in models for one in speeds(methods)]
+        return markdown(["LLaMA", "", *SPEEDS], rows)
     if content["part"] == "memory":
         peaks = [
             [name, str(row["rank"]), *(f"{row[key] / GIB:.2f}" for key in ("measured_bytes", "predicted_bytes"))]
